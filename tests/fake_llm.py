@@ -1016,22 +1016,22 @@ class FakeLLM:
         raise Refusal(404, f"Invalid URL ({record.method} {record.path})")
 
     def _check_key(self, record: Request) -> None:
+        scheme, _, bearer = record.headers.get("authorization", "").partition(" ")
+        bearer = bearer.strip() if scheme == "Bearer" else ""
         if record.dialect == "anthropic":
-            key = record.headers.get("x-api-key")
-            if key is None:
+            # The documented header is x-api-key; the client of anthropic 2.8 sends a bearer.
+            if not {"x-api-key", "authorization"} & set(record.headers):
                 raise Refusal(401, "x-api-key header is required")
-            if not key.strip():
+            if not (record.headers.get("x-api-key", "").strip() or bearer):
                 raise Refusal(401, "invalid x-api-key")
             if "anthropic-version" not in record.headers:
                 raise Refusal(400, "anthropic-version: header is required")
-        if record.dialect == "openai":
-            scheme, _, key = record.headers.get("authorization", "").partition(" ")
-            if scheme != "Bearer" or not key.strip():
-                text = (
-                    "You didn't provide an API key. You need to provide your API key in an "
-                    "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
-                )
-                raise Refusal(401, text)
+        if record.dialect == "openai" and not bearer:
+            text = (
+                "You didn't provide an API key. You need to provide your API key in an "
+                "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            )
+            raise Refusal(401, text)
 
     def _body(self, record: Request) -> JSON:
         kind = record.headers.get("content-type", "")
