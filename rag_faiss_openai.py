@@ -384,8 +384,11 @@ def retrieve(question: str, index: Index, args: argparse.Namespace) -> list[Hit]
     return [Hit(index.chunks[row], score) for row, score in found if row >= 0]
 
 
-def generate(prompt: str, args: argparse.Namespace) -> tuple[str, dict[str, int] | None]:
+def generate(
+    question: str, hits: list[Hit], args: argparse.Namespace
+) -> tuple[str, dict[str, int] | None]:
     """Let the LLM answer: its text and usage. No temperature is sent: newer models refuse it."""
+    prompt = build_prompt(question, hits)
     user = {"role": "user", "content": prompt}
     if args.llm == "claude":
         request = {"model": args.model, "max_tokens": MAX_ANSWER_TOKENS, "system": SYSTEM_PROMPT}
@@ -526,7 +529,7 @@ def answer_question(question: str, index: Index, args: argparse.Namespace) -> An
         if not args.json:
             print_hits(question, hits, args.retrieve_only)
         if not args.retrieve_only:
-            text, usage = generate(build_prompt(question, hits), args)
+            text, usage = generate(question, hits, args)
     except Exception as failure:
         error, code = explain(failure)
         if code == 2:
