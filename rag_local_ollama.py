@@ -267,7 +267,7 @@ def build_prompt(question: str, hits: list[Hit]) -> str:
     return f"{prompt}Question: {question}"
 
 
-# --- backend: all-MiniLM-L6-v2, torch, Ollama or an embedded LLM -----------------------------------
+# --- backend: all-MiniLM-L6-v2, torch, Ollama or an embedded LLM ----------------------------------
 
 SMALL_SYSTEM_PROMPT = "You answer questions from a passage, in as few words as possible."
 # Answered questions show a small model the form better than instructions do.
@@ -340,7 +340,7 @@ def token_counter(embed_model: str) -> tuple[Callable[[list[str]], list[int]], i
 
 
 def embed(texts: list[str], embed_model: str, precision: str, query: bool = False) -> Any:
-    """Embed texts as unit vectors, float32 (len(texts), dimension), with the model's own prompts."""
+    """Embed texts as unit vectors, float32 (len(texts), dimension)."""
     model = load_embedder(embed_model, precision)
     encode = model.encode_query if query else model.encode_document
     return encode(texts, batch_size=32, normalize_embeddings=True).astype("float32")
@@ -493,7 +493,7 @@ def generate(
 
 @functools.cache
 def ollama() -> Any:
-    """Ollama's OpenAI-compatible API, at OLLAMA_HOST (host, host:port or URL) or its usual place."""
+    """Ollama's OpenAI-compatible API, at OLLAMA_HOST (host, host:port or URL) or 127.0.0.1."""
     import openai
 
     host = os.environ.get("OLLAMA_HOST") or "127.0.0.1"
@@ -592,8 +592,8 @@ def check_backend(args: argparse.Namespace) -> None:
                 hint = "start it (ollama serve), set OLLAMA_HOST, or type --llm embedded"
                 raise Failure(f"no Ollama listens at {where}: {hint}") from error
             notice(
-                f"no Ollama listens at {where}: an embedded LLM answers, a tiny stand-in that "
-                "proves the loop\nand is often wrong. For good answers: ollama.com, ollama pull qwen3:4b"
+                f"no Ollama listens at {where}: an embedded LLM answers, a tiny stand-in that proves "
+                "the\nloop and is often wrong. For good answers: ollama.com, ollama pull qwen3:4b"
             )
             args.llm = "embedded"
         else:
