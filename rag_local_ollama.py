@@ -87,19 +87,19 @@ SAMPLES = [
     "days move into the next year and lapse on 31 March.",
     "Travel costs are paid back within 10 working days. Receipts go to Marta Oyelaran in accounts. "
     "A hotel may cost 140 euros a night.",
-    "Working from home is possible on three days a week. The whole company meets on Tuesdays in the "
-    "Leeds office, where breakfast is served from 8:30.",
-    "The calibration laboratory is kept at 21 degrees. Nobody enters it without an antistatic coat. "
-    "Priya Nandakumar keeps the keys.",
-    "New colleagues have a mentor for their first 90 days. The probation ends after six months with "
-    "a talk with the head of the department.",
+    "Working from home is possible on three days a week. The whole company meets on Tuesdays in "
+    "the Leeds office, where breakfast is served from 8:30.",
+    "The calibration laboratory is kept at 21 degrees. Nobody enters it without an antistatic "
+    "coat. Priya Nandakumar keeps the keys.",
+    "New colleagues have a mentor for their first 90 days. The probation ends after six months "
+    "with a talk with the head of the department.",
 ]
 DEMO_QUESTIONS = [
     "Who gets the receipts for travel costs?",
     "How much may a hotel cost a night?",
-    "Where does the whole company meet on Tuesdays?",
+    "How many days a week can I work from home?",
     "Who keeps the keys of the calibration laboratory?",
-    "When does the probation end?",
+    "How long do new colleagues have a mentor?",
     "Which football team won the cup final?",  # not in the handbook: the answer is a refusal
 ]
 
@@ -272,23 +272,9 @@ def build_prompt(question: str, hits: list[Hit]) -> str:
 SMALL_SYSTEM_PROMPT = "You answer questions from a passage, in as few words as possible."
 # Answered questions show a small model the form better than instructions do.
 SMALL_EXAMPLES = [
-    (
-        "The ferry Marrow Star was launched at Tolsund in spring. She carries 340 passengers.",
-        "How many passengers does the Marrow Star carry?",
-        "340",
-    ),
-    (
-        "The Quillet bakery stands on Harbour Lane. It was opened by Odda Renfrey, who baked rye "
-        "bread there until she retired.",
-        "Who opened the Quillet bakery?",
-        "Odda Renfrey",
-    ),
-    (
-        "Brindle moths fly only at dusk. In autumn they gather near old walls, where the stones "
-        "stay warm and dry until the morning.",
-        "Where do brindle moths gather in autumn?",
-        "near old walls",
-    ),
+    ("The Marrow Star sails in spring with 340 passengers.", "How many passengers sail?", "340"),
+    ("Odda Renfrey opened the bakery, and baked there.", "Who opened the bakery?", "Odda Renfrey"),
+    ("In autumn the moths gather near old walls.", "Where do moths gather?", "near old walls"),
 ]
 FUNCTION_WORDS = (  # which an answer may need though the passage lacks them
     "a an and are as at by for from had has have he her his in is it its no not of on or "
@@ -476,18 +462,31 @@ def retrieve(question: str, index: Index, args: argparse.Namespace) -> list[Hit]
 def generate(
     question: str, hits: list[Hit], args: argparse.Namespace
 ) -> tuple[str, dict[str, int] | None]:
-    """Let the LLM answer: its text and usage."""
-    if args.llm == "embedded":
-        return generate_embedded(question, hits[0], args)
-    prompt = build_prompt(question, hits)
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
-    # A model that thinks first (qwen3) would spend minutes on what a passage simply says.
-    request = {"model": args.model, "max_tokens": MAX_ANSWER_TOKENS, "reasoning_effort": "none"}
-    show_prompt(request | {"messages": messages}, args)
-    completion = ollama().chat.completions.create(**request, messages=messages)
+    """Let the LLM answer: its text and usage. Both LLMs speak OpenAI's format."""
+    embedded, prompt = args.llm == "embedded", build_prompt(question, hits)
+    if embedded and hits[0].score < EMBEDDED_MIN_SCORE:
+        return REFUSAL, None
+    if embedded:
+        request = embedded_request(question, hits[0].chunk.text)
+    else:
+        system, user = (
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": prompt},
+        )
+        # A model that thinks first (qwen3) would take minutes over what a passage simply says.
+        request = {
+            "max_tokens": MAX_ANSWER_TOKENS,
+            "reasoning_effort": "none",
+            "messages": [system, user],
+        }
+    show_prompt({"model": args.model} | request, args)
+    llm = embedded_llm(args.gguf)[1] if embedded else ollama()
+    completion = llm.chat.completions.create(model=args.model, **request)
     choice, used = completion.choices[0], completion.usage
     text = re.sub(r"(?s)^\s*<think>.*?</think>", "", choice.message.content or "")
     usage = (used.prompt_tokens, used.completion_tokens) if used else None
+    if embedded:  # its prompt is another one, and its answers end where they are cut
+        return check_answer(f"{text} [1]" if text else "", None, usage, "")
     return check_answer(text, choice.finish_reason, usage, prompt)
 
 
@@ -533,39 +532,25 @@ def embedded_llm(gguf: str) -> tuple[Any, Any]:
     return server, client
 
 
-def generate_embedded(
-    question: str, best: Hit, args: argparse.Namespace
-) -> tuple[str, dict[str, int] | None]:
-    """Let the embedded LLM answer from the best passage, of which it takes every word.
+def embedded_request(question: str, passage: str) -> dict[str, Any]:
+    """What the embedded LLM is asked: examples, then the question and the best passage alone.
 
-    135 million parameters can neither refuse nor choose among passages: the score does both. A
-    grammar (GBNF) admits only words of the passage and the question: the model is wrong as often,
-    but brings in no name or number of its own. The passage itself is always shown.
+    135 million parameters can neither refuse nor choose among passages; the score does both. The
+    grammar (GBNF) admits only words of the passage and the question: the answer is wrong as often,
+    but holds no invented name or number. The passage itself is always shown.
     """
-    if best.score < EMBEDDED_MIN_SCORE:
-        return REFUSAL, None
     messages = [{"role": "system", "content": SMALL_SYSTEM_PROMPT}]
-    for passage, asked, answer in [*SMALL_EXAMPLES, (best.chunk.text, question, "")]:
-        text = f"Passage: {passage}\n\nQuestion: {asked}\n\nShort answer from the passage:"
-        # llama.cpp reads "<|im_end|>" as the end of the turn, in a passage too.
-        messages.append({"role": "user", "content": text.replace("<|", "< |")})
+    for text, asked, answer in [*SMALL_EXAMPLES, (passage, question, "")]:
+        user = f"Passage: {text}\n\nQuestion: {asked}\n\nShort answer from the passage:"
+        # llama.cpp takes "<|im_end|>" for the end of the turn, in a passage too.
+        messages.append({"role": "user", "content": user.replace("<|", "< |")})
         messages.append({"role": "assistant", "content": answer})
-    words = f"{best.chunk.text} {question} {FUNCTION_WORDS}".split()
+    words = f"{passage} {question} {FUNCTION_WORDS}".split()
     words += [word.strip(".,;:!?()[]\"'\u201c\u201d") for word in words]
     quoted = {json.dumps(word, ensure_ascii=False) for word in words if word and word.isprintable()}
     grammar = f'root ::= word (" " word)* "."?\nword ::= {" | ".join(sorted(quoted))}'
-    request = {"model": args.model, "temperature": 0, "max_tokens": EMBEDDED_MAX_TOKENS}
-    request |= {"messages": messages[:-1], "extra_body": {"grammar": grammar}}
-    show_prompt(request, args)
-    completion = embedded_llm(args.gguf)[1].chat.completions.create(**request)
-    used = completion.usage
-    text, usage = check_answer(
-        completion.choices[0].message.content,
-        None,
-        (used.prompt_tokens, used.completion_tokens),
-        "",
-    )
-    return f"{text} [1]", usage
+    limits = {"temperature": 0, "max_tokens": EMBEDDED_MAX_TOKENS, "messages": messages[:-1]}
+    return limits | {"extra_body": {"grammar": grammar}}
 
 
 def add_backend_arguments(add: Callable[..., Any]) -> None:
@@ -592,8 +577,8 @@ def check_backend(args: argparse.Namespace) -> None:
                 hint = "start it (ollama serve), set OLLAMA_HOST, or type --llm embedded"
                 raise Failure(f"no Ollama listens at {where}: {hint}") from error
             notice(
-                f"no Ollama listens at {where}: an embedded LLM answers, a tiny stand-in that proves "
-                "the\nloop and is often wrong. For good answers: ollama.com, ollama pull qwen3:4b"
+                f"no Ollama listens at {where}: a tiny embedded LLM answers, a stand-in that "
+                "proves the loop\nand is often wrong. Better: ollama.com, then ollama pull qwen3:4b"
             )
             args.llm = "embedded"
         else:
