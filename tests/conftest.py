@@ -1,0 +1,180 @@
+"""What the tests share: a guard around the network, the fake LLMs, `run`, documents to read."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import docx
+import pytest
+from fake_llm import FakeLLM
+from fpdf import FPDF
+
+ROOT = Path(__file__).resolve().parent.parent
+GUARD = Path(__file__).resolve().parent / "loopback_only"
+sys.path.insert(0, str(ROOT))  # so that a test can `import rag_faiss_openai`
+
+# What a user's environment could change in a run.
+THEIRS = ("OPENAI_", "ANTHROPIC_", "OLLAMA_", "HF_", "LLAMA_", "CHROMA_", "TQDM_")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def _load_guard() -> Callable[..., Callable[[], None]]:
+    spec = importlib.util.spec_from_file_location("loopback_guard", GUARD / "sitecustomize.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.guard
+
+
+guard = _load_guard()
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without the user's keys, hosts, models, proxies."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(THEIRS)
+        and name.upper() not in PROXIES
+        and name not in ("VIRTUAL_ENV", "PYTHONPATH")
+    }
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Fail a test that reaches beyond loopback, even where its code swallows the error."""
+    for name in set(os.environ) - set(clean_environment()):
+        monkeypatch.delenv(name)
+    reached: list[str] = []
+    restore = guard(reached.append)
+    yield reached
+    restore()
+    if reached:
+        pytest.fail(reached[0])
+
+
+def _forget_clients() -> None:
+    """Drop the clients that a script keeps: they hold the address of an earlier fake."""
+    for name, module in list(sys.modules.items()):
+        for kept in vars(module).values() if name.startswith("rag_") else []:
+            slow = getattr(kept, "__name__", "") in ("load_embedder", "embedded_llm")
+            if hasattr(kept, "cache_clear") and not slow:
+                kept.cache_clear()
+
+
+def _serve(monkeypatch: pytest.MonkeyPatch, is_ollama: bool) -> Iterator[FakeLLM]:
+    with FakeLLM(ollama=is_ollama) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        _forget_clients()
+        yield server
+        _forget_clients()
+        assert server.errors == []
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
+    """OpenAI and Anthropic, to which the environment points."""
+    yield from _serve(monkeypatch, is_ollama=False)
+
+
+@pytest.fixture
+def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
+    """An Ollama server, to which the environment points."""
+    yield from _serve(monkeypatch, is_ollama=True)
+
+
+@functools.cache
+def _install(script: Path) -> None:
+    """Let uv make a script's environment, the one step that may use the package index."""
+    command = ["uv", "run", str(script), "--help"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def command(script: str, *args: str) -> list[str]:
+    """Return the command that runs a script, whose environment is made, and asks no index."""
+    path = ROOT / script
+    _install(path)
+    return ["uv", "run", "--offline", str(path), *args]
+
+
+def environment(env: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a run: clean, behind the guard, the test's fake, and `env`."""
+    fakes = {name: value for name, value in os.environ.items() if name.startswith(THEIRS)}
+    guarded = {"PYTHONPATH": str(GUARD), "LOOPBACK_ONLY": "1"}
+    return clean_environment() | guarded | fakes | (env or {})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `uv run SCRIPT ARGS` as a user would, in an empty folder, with the test's fake."""
+
+    def run(
+        script: str,
+        *args: str,
+        env: dict[str, str] | None = None,
+        stdin: str | None = None,
+        timeout: float = 60,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(script, *args),
+            env=environment(env),
+            cwd=cwd or tmp_path,
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert "beyond loopback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def write_pdf(path: Path, *pages: str) -> Path:
+    """Write a PDF with the text of each page; a page without any is blank."""
+    pdf = FPDF()
+    for text in pages:
+        pdf.add_page()
+        if text:
+            pdf.set_font("helvetica", size=12)
+            pdf.multi_cell(0, text=text)
+    pdf.output(str(path))
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """A folder with a small document of each format, each about something else."""
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    (folder / "beavers.txt").write_text("Beavers build dams. The dam at Aldermoor is 41 m long.\n")
+    (folder / "bread.md").write_text("# Bread\n\nThe sourdough of Tolsund rises for 19 hours.\n")
+    (folder / "tea.rst").write_text("Tea\n===\n\nThe kettle of Quillet whistles in G major.\n")
+    (folder / "trains.html").write_text(
+        "<html><head><title>Trains</title><style>p {color: vermilion}</style>"
+        "<script>var tracker = 'analytics';</script></head><body><p>The night train to "
+        "<b>Marrow</b> has 7 sleeping cars &amp; a&nbsp;bar.</p><p>It leaves at 22:10.</p></body>"
+    )
+    first = "The comet Brindle was seen in 1811 by Odda Renfrey."
+    write_pdf(folder / "comet.pdf", first, "Its tail had the colour of copper.")
+    document = docx.Document()
+    document.add_paragraph("The orchard has 212 plum trees.")
+    table = document.add_table(rows=2, cols=2)
+    for cell, text in zip(
+        [cell for row in table.rows for cell in row.cells],
+        ("Variety", "Harvest", "Mirabelle", "330 baskets"),
+        strict=True,
+    ):
+        cell.text = text
+    document.save(str(folder / "orchard.docx"))
+    return folder
