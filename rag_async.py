@@ -64,6 +64,7 @@ FAISS_FACTORY = "Flat"
 MAX_INPUTS, MAX_TOKENS = 2_048, 300_000  # what OpenAI takes in one embedding request
 MAX_INPUT_TOKENS = 8_192  # what it reads of one text
 BLOCK = 1_024  # chunks embedded between two saves: the most that a crash can lose
+KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 MAX_ANSWER_TOKENS = 1_024  # a grounded answer is short; this caps what one can cost
 TOP_K = 4  # more passages find more, and distract more
 CHUNK_CHARACTERS = 800  # a paragraph, some 200 tokens: one thought with enough words around it
@@ -151,13 +152,18 @@ def read_pages(file: Path) -> list[str]:
         return [page.extract_text() for page in pypdf.PdfReader(file).pages]
     if kind == ".docx":
         return [docx2txt.process(file)]
-    if kind not in (".txt", ".md", ".rst", ".html", ".htm"):
-        raise ValueError("its kind is none of .txt .md .rst .html .pdf .docx")
+    if kind not in KINDS:
+        raise ValueError(f"its kind is none of {' '.join(KINDS)}")
     # UTF-8, or what a byte order mark or an HTML page declares, or else the old Windows encoding.
     text = UnicodeDammit(file.read_bytes(), ["utf-8"], user_encodings=["cp1252"]).unicode_markup
     if text is None or "\0" in text:
         raise ValueError("it is not text")
     return [BeautifulSoup(text, "html.parser").get_text("\n") if kind.startswith(".htm") else text]
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether the file, or a folder between it and `folder`, is hidden (.git, .venv, .rag)."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def load_documents(paths: list[str]) -> list[Document]:
@@ -170,9 +176,13 @@ def load_documents(paths: list[str]) -> list[Document]:
     for path in map(Path, paths):
         if not path.exists():
             raise Failure(f"no such file or folder: {path}")
-        found = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-        shown = [f for f in found if not re.search(r"(^|[/\\])\.", str(f.relative_to(path)))]
-        files |= dict.fromkeys(f for f in shown if f.is_file())
+        if not path.is_dir():
+            files[path] = None
+            continue
+        inside = [f for f in sorted(path.rglob("*")) if f.is_file() and not is_hidden(f, path)]
+        files |= dict.fromkeys(f for f in inside if f.suffix.lower() in KINDS)
+        if others := sum(f.suffix.lower() not in KINDS for f in inside):
+            notice(f"left out in {path}: {others} files of other kinds than {' '.join(KINDS)}")
     documents = []
     for file in tqdm(files, "reading", unit="file", delay=2, disable=None):
         try:  # "replace": half characters in a text or a name can't be printed, sent or stored
@@ -334,7 +344,10 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
 
     def save(name: str, write: Callable[[str], Any]) -> None:
         if folder:  # replaced in one step: whoever reads finds the old file or the new one
-            write(str(folder / f"new-{name}"))
+            try:
+                write(str(folder / f"new-{name}"))
+            except Exception as error:  # each library has its own for a full disk
+                raise Failure(f"can't write in {folder}: {error}") from error
             (folder / f"new-{name}").replace(folder / name)
 
     def save_manifest(index: Index) -> None:
@@ -390,10 +403,10 @@ def retrieve(questions: list[str], index: Index, args: argparse.Namespace) -> li
     """Find for each question the --top-k chunks nearest to it, the nearest first: in one search."""
     import numpy as np
 
-    starts = range(0, len(questions), MAX_INPUTS)
-    starts = tqdm(starts, "embedding questions", unit="request", delay=2, disable=None)
     if not questions:
         return []
+    starts = range(0, len(questions), MAX_INPUTS)
+    starts = tqdm(starts, "embedding questions", unit="request", delay=2, disable=None)
     batches = [embed(questions[start : start + MAX_INPUTS], args.embed_model) for start in starts]
     queries = np.concatenate(batches)
     if queries.shape[1] != index.vectors.d:
@@ -406,9 +419,10 @@ def retrieve(questions: list[str], index: Index, args: argparse.Namespace) -> li
 
 
 async def generate(
-    prompt: str, llm: Any, args: argparse.Namespace
+    question: str, hits: list[Hit], llm: Any, args: argparse.Namespace
 ) -> tuple[str, dict[str, int] | None]:
     """Let the LLM answer: its text and usage. While it does, the other questions go on."""
+    prompt = build_prompt(question, hits)
     user = {"role": "user", "content": prompt}
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, user]
     request = {"model": args.model, "max_completion_tokens": MAX_ANSWER_TOKENS}
@@ -470,7 +484,7 @@ def read_questions(file: str) -> list[str]:
             text = line.decode().strip()
             if text and lines[0].lstrip().startswith(b"{"):
                 text = json.loads(text)["question"]
-            questions.append(text.encode(errors="replace").decode())  # half characters: see above
+            questions.append(text.encode(errors="replace").decode())  # JSON can hold half ones
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             wanted = 'one with UTF-8 text or, as the first is, a JSON object with "question"'
             raise Failure(f"{file}, line {number}: make it {wanted}") from error
@@ -567,6 +581,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="a JSON object a question")
     add_backend_arguments(add)
     args = parser.parse_intermixed_args(argv)
+    args.question = [question.encode(errors="replace").decode() for question in args.question]
     if args.top_k < 1:
         parser.error("--top-k must be 1 or more")
     for question in args.question:
@@ -574,7 +589,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"a question has 1 to {MAX_QUESTION} characters: put a long text in --docs"
             )
-        if len(question) < 256 and Path(question).exists():
+        if len(question.encode()) < 256 and Path(question).exists():
             parser.error(f"{question} is a file, not a question: give each file its own --docs")
     return args
 
@@ -625,12 +640,14 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"the service refused the key (HTTP {status}): set the right one", 2
     if status == 404:
         return "the service has no such model (HTTP 404): change --model or --embed-model", 2
+    if isinstance(error, Failure):
+        return str(error), 2
     line = " ".join(f"{error or type(error).__name__} {error.__cause__ or ''}".split())
     if isinstance(error, (AttributeError, TypeError, LookupError, ValueError, AssertionError)):
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
         line = f"another run is indexing there, try again when it has ended ({line})"
-    return textwrap.shorten(line, 300), 2 if isinstance(error, (Failure, OSError)) else 1
+    return textwrap.shorten(line, 300), 2 if isinstance(error, OSError) else 1
 
 
 def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
@@ -653,17 +670,17 @@ async def answer_question(
             limits = f"1 to {MAX_QUESTION} characters, {MAX_INPUT_TOKENS} bytes at the most"
             raise RuntimeError(f"a question has {limits}: put a long text in --docs")
         if not args.retrieve_only:
-            text, usage = await generate(build_prompt(question, hits), llm, args)
+            text, usage = await generate(question, hits, llm, args)
     except Exception as failure:
         error, code = explain(failure)
         if code == 2:
             raise
     found = enumerate(hits or [], 1)
-    places = [{"n": n, **asdict(hit.chunk), "score": hit.score} for n, hit in found]
+    sources = [{"n": n, **asdict(hit.chunk), "score": hit.score} for n, hit in found]
     seconds = {"first_token": None, "generate": time.perf_counter() - start}
     refused = (text or "").replace("\u2019", "'").startswith(REFUSAL)
     names = (args.model, args.embed_model)
-    return Answer(question, text, refused, error, places, *names, usage, seconds)
+    return Answer(question, text, refused, error, sources, *names, usage, seconds)
 
 
 def answer_and_tell(
@@ -718,14 +735,14 @@ def main(argv: list[str] | None = None) -> int:
             finished = read_finished(questions, args)
             todo = {n: q for n, q in enumerate(questions, 1) if n not in finished}
             if todo:
-                start, index = clock(), load_index(args) if not args.docs else None
+                start = clock()
+                index = load_index(args) if not args.docs else None
+                samples = [Document(text, "sample") for text in SAMPLES]
+                documents = load_documents(args.docs) if args.docs else [] if index else samples
+                count_tokens, max_tokens = token_counter(args.embed_model)
+                chunks = split_documents(documents, count_tokens, max_tokens)
                 loaded = clock()
-                if not index:
-                    samples = [Document(text, "sample") for text in SAMPLES]
-                    documents = load_documents(args.docs) if args.docs else samples
-                    chunks = split_documents(documents, *token_counter(args.embed_model))
-                    loaded = clock()
-                    index = build_index(chunks, args)
+                index = index or build_index(chunks, args)
                 indexed = clock()
                 asked = list(dict.fromkeys(filter(can_ask, todo.values())))
                 hits = dict(zip(asked, retrieve(asked, index, args), strict=True))
@@ -738,6 +755,9 @@ def main(argv: list[str] | None = None) -> int:
                 notice(f"questions: {counts}, {len(finished)} answered before")
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         text, code = explain(error)
         notice(f"error: {text}")
