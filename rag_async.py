@@ -504,7 +504,7 @@ def read_finished(questions: list[str], args: argparse.Namespace) -> set[int]:
     """
     if not args.out or not args.out.exists():
         return set()
-    keys = {"number", *(field.name for field in fields(Answer))}
+    start, keys = b'{"number": ', {"number", *(field.name for field in fields(Answer))}
     finished: set[int] = set()
     new = args.out.with_name(f"{args.out.name}.new")
     try:
@@ -513,12 +513,11 @@ def read_finished(questions: list[str], args: argparse.Namespace) -> set[int]:
                 try:
                     entry = json.loads(line)
                 except (ValueError, RecursionError):
+                    if line[-1:] != b"\n" and line[: len(start)] == start[: len(line)]:
+                        continue  # torn
                     entry = None
                 ours = isinstance(entry, dict) and entry.keys() == keys
                 if not ours or not isinstance(entry["number"], int):
-                    start = b'{"number": '
-                    if line[-1:] != b"\n" and line[: len(start)] == start[: len(line)]:
-                        continue
                     raise Failure(f"{args.out}, line {n}, is no answer: name another --out")
                 if entry["error"] or (entry["answer"] is None and not args.retrieve_only):
                     continue
