@@ -627,7 +627,8 @@ def chat(index: Index, args: argparse.Namespace) -> None:
     history: list[dict[str, str]] = []
     while True:
         try:
-            question, came = input("\n> ").strip(), []
+            # "replace": what is not in the terminal's encoding comes as what can't be sent
+            question, came = input("\n> ").encode(errors="replace").decode().strip(), []
         except KeyboardInterrupt:
             notice("\nCtrl-D leaves")
             continue

@@ -326,17 +326,18 @@ def test_what_the_user_can_mend_is_exit_code_2(llm, ask, provider, status):
 
 def test_ctrl_c_ends_one_shot_mode_with_130_and_no_traceback(llm):
     llm.token_delay = 0.2
-    command = [sys.executable, SCRIPT, TRAIN]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not llm.chat_requests and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=20)
+    command, pipes = [sys.executable, SCRIPT, TRAIN], {"stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, stderr=subprocess.PIPE) as run:
+        out = b""
+        while b"Answer: The" not in out:
+            out += (data := os.read(run.stdout.fileno(), 65536))
+            assert data
+        run.send_signal(signal.SIGINT)
+        rest, err = run.communicate(timeout=20)
     assert run.returncode == 130
-    assert "Traceback" not in err
-    assert re.search(r"Answer: The.*\n$", out)
+    assert (out + rest).endswith(b"\n")
+    assert LEAVES.encode() not in (out + rest).partition(b"Answer")[2]
+    assert b"Traceback" not in err
 
 
 # --- questions on stdin ---------------------------------------------------------------------------
@@ -401,7 +402,7 @@ class Terminal:
         deadline = time.monotonic() + 30
         while text not in self.new:
             assert select.select([self.terminal], [], [], deadline - time.monotonic())[0], self.seen
-            data = os.read(self.terminal, 65536).decode().replace("\r\n", "\n")
+            data = os.read(self.terminal, 65536).decode(errors="replace").replace("\r\n", "\n")
             self.seen, self.new = self.seen + data, self.new + data
         end = self.new.index(text) + len(text)
         shown, self.new = self.new[:end], self.new[end:]
@@ -456,10 +457,9 @@ def rewriting(question):
     return reply
 
 
-@PROVIDERS
-def test_a_follow_up_is_rewritten_shown_and_looked_up(llm, chat, provider):
+def test_a_follow_up_is_rewritten_shown_and_looked_up(llm, chat):
     llm.reply = rewriting("When do the fireworks of the salt fair begin?")
-    terminal = chat("--llm", provider, "--top-k", "1")
+    terminal = chat("--top-k", "1")
     assert "Ctrl-D leaves" in terminal.seen
     assert TRAIN in terminal.seen  # what one could ask
     assert "310 stalls. [1]" in terminal.ask("How many stalls did the fair have in 2022?")
@@ -507,8 +507,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(llm, chat, provider):
     assert "stopped\n" in shown
     assert "Traceback" not in shown
     assert "platform" not in shown
-    llm.token_delay = 0
-    assert "Ines Calder" in terminal.ask("Who built the tide organ?")
+    llm.token_delay, llm.reply = 0, rewriting("Who built the tide organ?")
+    assert "Answer: The tide organ of Orle was built by" in terminal.ask("And the organ?")
     kept = messages_of(llm.chat_requests[-1])
     assert kept[0] == ("user", TRAIN)
     assert kept[1][1].startswith("The night")
@@ -517,12 +517,14 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(llm, chat, provider):
 
 
 def test_ctrl_c_at_the_prompt_tells_how_to_leave_and_an_empty_line_asks_again(llm, chat):
-    terminal = chat("--retrieve-only")
+    terminal = chat("--retrieve-only", command=("uv", "run", "-q", str(SCRIPT)))  # as a user would
     terminal.type("half a question\x03")
     assert "Ctrl-D leaves\n" in terminal.wait_for("\n> ")
     terminal.type("\n   \n")
     terminal.wait_for("\n> ")
     terminal.wait_for("\n> ")
+    os.write(terminal.terminal, b"train \xff\n")  # not in the terminal's encoding
+    assert "Question: train ?\n" in terminal.wait_for("\n> ")
     assert "21:35" in terminal.ask(TRAIN)
     assert not llm.chat_requests
     assert terminal.leave() == 0
@@ -540,7 +542,7 @@ def test_a_failure_ends_a_turn_and_not_the_chat(llm, chat):
     assert "Answer: The night train\nerror: " in terminal.ask(TRAIN)
     # Only what was cut is remembered: turns without an answer are not.
     llm.reply = rewriting("Who built the tide organ?")
-    assert "Ines Calder" in terminal.ask("And the organ?")
+    assert "Answer: The tide organ of Orle was built by" in terminal.ask("And the organ?")
     assert messages_of(llm.chat_requests[-1])[:2] == [
         ("user", TRAIN),
         ("assistant", "The night train"),
@@ -560,12 +562,6 @@ def test_only_the_last_turns_are_sent_and_not_too_much_of_them(llm, chat):
     sent = messages_of(llm.chat_requests[-1])[:-1]
     assert sum(len(text) for _, text in sent) <= 12_000
     assert sent[-1][1] == "y" * len(sent[-1][1])
-    assert terminal.leave() == 0
-
-
-def test_the_chat_runs_as_a_user_starts_it(llm, chat):
-    terminal = chat(command=("uv", "run", "-q", str(SCRIPT)))
-    assert LEAVES in terminal.ask(TRAIN)
     assert terminal.leave() == 0
 
 
