@@ -587,8 +587,8 @@ def answer_question(
     if first and not error and not args.json:
         # What a service does not count is counted in pieces: mostly a token each.
         count, unit = (usage["output_tokens"], "tokens") if usage else (len(came), "pieces")
-        speed = count / max(end - first, 0.001)
-        notice(f"first token after {first - found:.2f} s, {count} {unit}, {speed:.0f} a second")
+        speed = f"{count} {unit} in {end - found:.2f} s, {count / (end - found):.0f} a second"
+        notice(f"first token after {first - found:.2f} s, {speed}")
     text = "".join(came).strip() or None
     places = [{"n": n, **asdict(hit.chunk), "score": hit.score} for n, hit in enumerate(hits, 1)]
     seconds = {"retrieve": found - start, "first_token": first and first - found}

@@ -77,6 +77,15 @@ def load(*changes):
     return module
 
 
+def indexed(*argv):
+    """The module, the samples' index, and the arguments: what main hands on."""
+    module = load()
+    args = module.parse_arguments(list(argv))
+    module.check_backend(args)
+    chunks = [module.Chunk(text, "sample") for text in module.SAMPLES]
+    return module, module.build_index(chunks, args), args
+
+
 @pytest.fixture
 def ask(capsys):
     """Run main in this process: its exit code, stdout and stderr."""
@@ -121,7 +130,9 @@ def test_an_answer_is_printed_after_its_sources_and_measured_on_stderr(llm, ask,
     assert done.out.index("[1] 0.") < done.out.index(f"Answer: The night train Corvina {LEAVES}")
     assert done.out.endswith("[1]\n")
     line = done.err.splitlines()[-1]
-    assert re.fullmatch(r"first token after \d+\.\d\d s, 31 tokens, \d+ a second", line)
+    assert re.fullmatch(
+        r"first token after \d+\.\d\d s, 31 tokens in \d+\.\d\d s, \d+ a second", line
+    )
 
 
 @PROVIDERS
@@ -156,12 +167,7 @@ def test_tokens_reach_a_pipe_one_by_one(llm):
 
 @PROVIDERS
 def test_our_own_part_of_the_first_token_is_below_5_ms(llm, provider):
-    module = load()
-    args = module.parse_arguments(["--llm", provider, "--json"])
-    module.check_backend(args)
-    chunks = [module.Chunk(text, "sample") for text in module.SAMPLES]
-    args.index = None
-    index = module.build_index(chunks, args)
+    module, index, args = indexed("--llm", provider, "--json")
 
     def bare(prompt):
         client, user = module.client(provider), {"role": "user", "content": prompt}
@@ -231,7 +237,7 @@ def test_a_server_that_tells_no_usage_has_its_pieces_counted(llm, ask):
     chunk = {"choices": [{"index": 0, "delta": {"content": "At 21:35"}, "finish_reason": "stop"}]}
     body = f"data: {json.dumps(chunk)}\n\n" * 2 + "data: [DONE]\n\n"
     llm.fail(path="chat", body=body, content_type="text/event-stream")
-    assert " 2 pieces, " in ask(TRAIN).err
+    assert " 2 pieces in " in ask(TRAIN).err
 
 
 def test_a_cut_answer_is_said_on_a_line_of_its_own(llm, ask):
@@ -550,19 +556,22 @@ def test_a_failure_ends_a_turn_and_not_the_chat(llm, chat):
     assert terminal.leave() == 0
 
 
-def test_only_the_last_turns_are_sent_and_not_too_much_of_them(llm, chat):
-    terminal = chat()
+def test_only_the_last_turns_are_sent_and_not_too_much_of_them(llm, monkeypatch):
+    module, index, args = indexed()
     llm.reply = rewriting(TRAIN)
-    for _ in range(6):
-        terminal.ask("When?")
-    assert len(messages_of(llm.chat_requests[-1])) == 9  # four turns and the prompt
-    llm.fail(containing="<passage", reply="y" * 7_000)
-    terminal.ask("When?")
-    terminal.ask("When?")
-    sent = messages_of(llm.chat_requests[-1])[:-1]
-    assert sum(len(text) for _, text in sent) <= 12_000
-    assert sent[-1][1] == "y" * len(sent[-1][1])
-    assert terminal.leave() == 0
+
+    def talk(*questions):
+        lines = iter(questions)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+        with pytest.raises(StopIteration):
+            module.chat(index, args)
+        return messages_of(llm.chat_requests[-1])
+
+    assert len(talk(*["When?"] * 7)) == 9  # four turns and the prompt
+    llm.reply = "understanding " * 430  # a token each
+    monkeypatch.setattr(module, "rewrite_question", lambda question, history, args: question)
+    sent = talk(*["When?"] * 4)[:-1]
+    assert [len(text) for _, text in sent] == [5, 6_019]  # two such turns are over the limit
 
 
 # --- planted faults -------------------------------------------------------------------------------
