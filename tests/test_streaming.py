@@ -533,6 +533,7 @@ def test_ctrl_c_at_the_prompt_tells_how_to_leave_and_an_empty_line_asks_again(ll
     assert "Question: train ?\n" in terminal.wait_for("\n> ")
     assert "21:35" in terminal.ask(TRAIN)
     assert not llm.chat_requests
+    assert "error" not in terminal.seen  # nothing empty was looked up
     assert terminal.leave() == 0
 
 
