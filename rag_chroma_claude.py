@@ -48,8 +48,8 @@ import tempfile
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -311,107 +311,132 @@ def embed(texts: list[str], embed_model: str, precision: str, query: bool = Fals
 
 @dataclass(frozen=True)
 class Index:
-    """A Chroma collection with its metadata as it was when it was opened."""
+    """The name of a Chroma collection, and the embedder's precision and dimension."""
 
-    collection: Any
-
-    @property
-    def version(self) -> int:
-        """The valid version: of the chunks with since <= version < until. 0: not yet finished."""
-        return self.collection.metadata["version"]
-
-    @property
-    def precision(self) -> str:
-        """The embedder's, which the questions must share."""
-        return self.collection.metadata["precision"]
+    name: str
+    precision: str
+    dimension: int
 
 
 @functools.cache
-def open_chroma(folder: Path | None, url: str | None) -> Any:
-    """Open a folder, a server, Chroma Cloud, or memory that lasts as long as the program."""
+def connect(url: str | None) -> Any:
+    """Connect to a server, to Chroma Cloud, or to memory that lasts as long as the program."""
     import chromadb
 
     settings = chromadb.Settings(anonymized_telemetry=False)
+    if not url:
+        return chromadb.EphemeralClient(settings=settings)
     try:
         if url == "cloud":
             return chromadb.CloudClient(settings=settings)  # reads CHROMA_API_KEY and so on
-        if url:
-            return chromadb.HttpClient(url, settings=settings)
-        if folder:
-            return chromadb.PersistentClient(folder, settings=settings)
-        return chromadb.EphemeralClient(settings=settings)
+        return chromadb.HttpClient(url, settings=settings)
     except Exception as error:
-        if url:
-            hint = "start one (uvx --from chromadb chroma run --path .chroma) or mend --chroma-url"
-            raise Failure(f"no Chroma server answers at {url}: {hint} ({error})") from error
-        hint = "remove it and index again, or name another --index"
-        raise Failure(f"{folder} is damaged, or not to be written: {hint} ({error})") from error
+        hint = "start one (uvx --from chromadb chroma run --path .chroma) or mend --chroma-url"
+        raise Failure(f"no Chroma server answers at {url}: {hint} ({error})") from error
 
 
-def open_index(args: argparse.Namespace) -> Index | None:
-    """Open our collection; None where there is none. Raises Failure for what isn't ours."""
-    folder, url = args.index, args.chroma_url
-    if folder and not (folder / "chroma.sqlite3").exists():
-        if folder.exists() and {file.name for file in folder.iterdir()} - {".lock"}:
-            raise Failure(f"{folder} holds other files: name a new or an empty folder with --index")
-        return None
-    if folder:  # Chroma would change an old database when it opens it: look before, whose it is
+@contextmanager
+def opened(
+    args: argparse.Namespace, name: str, new: dict[str, Any] | None = None
+) -> Generator[Any]:
+    """Open a collection, made with the metadata `new` if given. Yields None where there is none.
+
+    A folder is opened anew each time, and by one program at a time, only as long as its block runs:
+    Chroma keeps parts of it in memory, and does not see what another program changes there.
+    """
+    import chromadb
+    from chromadb.errors import InternalError, NotFoundError
+
+    folder, chroma = args.index, None
+    with FileLock(folder / ".access", timeout=60) if folder else nullcontext():
         try:
-            database = (folder / "chroma.sqlite3").absolute().as_uri()
-            with closing(sqlite3.connect(f"{database}?mode=ro", uri=True)) as connection:
-                names = {name for (name,) in connection.execute("SELECT name FROM collections")}
-        except sqlite3.OperationalError:  # a run that died left it half made: Chroma mends that
-            names = set()
-        except sqlite3.DatabaseError as error:
-            hint = "remove it, and index again"
-            raise Failure(f"{folder} is damaged: {hint} ({error})") from error
-        if names and COLLECTION not in names:
-            raise Failure(f"{folder} is another program's Chroma database: name another --index")
-    from chromadb.errors import NotFoundError
+            settings = chromadb.Settings(anonymized_telemetry=False)
+            chroma = chromadb.PersistentClient(folder, settings) if folder else None
+            chosen: Any = chroma or connect(args.chroma_url)
+            if new:
+                space = {"hnsw": {"space": "cosine"}}
+                chosen.create_collection(
+                    name, configuration=space, metadata=new, embedding_function=None
+                )
+            try:
+                collection = chosen.get_collection(name, embedding_function=None)
+            except NotFoundError:
+                collection = None
+            yield collection
+        except InternalError as error:
+            if not folder:
+                raise
+            hint = "make room and try again, or remove it and index again"
+            raise Failure(f"{folder} is damaged or can't be written: {hint} ({error})") from error
+        finally:
+            if chroma:
+                chroma.close()  # ty: ignore[unresolved-attribute]
 
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds our collection, or one half made. Raises Failure if it has others.
+
+    It looks without Chroma, which changes an old database when it opens it.
+    """
+    database = folder / "chroma.sqlite3"
+    if not database.exists():
+        if folder.exists() and {file.name for file in folder.iterdir()} - {".lock", ".access"}:
+            raise Failure(f"{folder} holds other files: name a new or an empty folder with --index")
+        return False
     try:
-        collection = open_chroma(folder, url).get_collection(COLLECTION, embedding_function=None)
-    except NotFoundError:
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM collections")}
+    except (
+        sqlite3.OperationalError
+    ):  # in use, or left half made by a run that died: Chroma mends it
+        return True
+    except sqlite3.DatabaseError as error:
+        raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
+    if names and COLLECTION not in names:
+        raise Failure(f"{folder} is another program's Chroma database: name another --index")
+    return True
+
+
+def read_metadata(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What our collection says of itself, None where there is none. Refuses another embedder's."""
+    if not args.chroma_url and not (args.index and is_ours(args.index)):
         return None
-    made_with = (collection.metadata or {}).get("embed_model")
-    if made_with != args.embed_model:
+    with opened(args, COLLECTION) as collection:
+        metadata = collection and (collection.metadata or {})
+    if metadata is not None and metadata.get("embed_model") != args.embed_model:
+        made_with, place = metadata.get("embed_model"), args.index or args.chroma_url
         hint = f"type --embed-model {made_with}, or name another --index or --chroma-url"
-        place = folder or url
         raise Failure(f"{place} was made with {made_with}, not {args.embed_model}: {hint}")
-    return Index(collection)
+    return metadata
 
 
 def load_index(args: argparse.Namespace) -> Index | None:
-    """Open the index that --index or --chroma-url keeps; None where no run has finished one yet."""
-    index = open_index(args) if args.index or args.chroma_url else None
-    return index if index and index.version and index.collection.count() else None
+    """Open the index that --index or --chroma-url keeps; None where no run has finished one yet.
 
-
-def create_collection(args: argparse.Namespace) -> Index:
-    """Make the collection, still empty. What is in memory has a name of its own for each index."""
-    precision = native_precision()
-    metadata = {
-        "embed_model": args.embed_model,
-        "precision": precision,
-        "dimension": embed([""], args.embed_model, precision).shape[1],
-        "normalized": True,
-        "version": 0,
-    }
-    chroma, kept = open_chroma(args.index, args.chroma_url), args.index or args.chroma_url
-    return Index(
-        chroma.create_collection(
-            COLLECTION if kept else f"memory-{time.time_ns()}",
-            configuration={"hnsw": {"space": "cosine"}},
-            metadata=metadata,
-            embedding_function=None,
-        )
-    )
+    Raises Failure for a folder that is not ours, for a damaged one, and for another embedder's.
+    """
+    metadata = read_metadata(args)
+    if not metadata or not metadata["version"]:
+        return None
+    return Index(COLLECTION, metadata["precision"], metadata["dimension"])
 
 
 def row_id(chunk: Chunk) -> str:
     """The chunk's id and a digest of its place: a passage that moved is a new row in Chroma."""
     place = json.dumps([chunk.source, chunk.page])
     return f"{chunk.id}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+
+
+def blocks(items: list[Any]) -> Iterator[list[Any]]:
+    """Cut a list into what is sent at once; Chroma takes some thousand rows."""
+    return (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
+
+
+def remove_rows(collection: Any, until: int) -> None:
+    """Delete the rows that are no longer valid in the version `until`."""
+    while ids := collection.get(where={"until": {"$lte": until}}, limit=BLOCK, include=[])["ids"]:
+        collection.delete(ids)
 
 
 def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
@@ -422,40 +447,49 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
     written last and in one step, names the next. A run that dies before that leaves rows that
     nobody sees, and that the next run finds embedded.
     """
-    folder, url = args.index, args.chroma_url
-    load_index(args)  # refuses what is not ours before anything is written
+    folder = args.index
+    read_metadata(args)  # refuses what is not ours before anything is written
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
+    kept = folder or args.chroma_url
     # A server has no lock to offer: this one keeps apart the runs of one machine.
-    lock = (folder or Path(tempfile.gettempdir())) / (".lock" if folder else f"{COLLECTION}.lock")
-    with FileLock(lock, timeout=0) if folder or url else nullcontext():
-        index = open_index(args) if folder or url else None
-        index = index or create_collection(args)
-        collection, version = index.collection, index.version
-        size = min(BLOCK, open_chroma(folder, url).get_max_batch_size())
+    lock = folder / ".lock" if folder else Path(tempfile.gettempdir()) / f"{COLLECTION}.lock"
+    with FileLock(lock, timeout=0) if kept else nullcontext():
+        # In memory each call has a collection of its own.
+        name = COLLECTION if kept else f"memory-{time.time_ns()}"
+        metadata = read_metadata(args)
+        if not metadata:
+            precision = native_precision()
+            metadata = {
+                "embed_model": args.embed_model,
+                "precision": precision,
+                "dimension": embed(["a"], args.embed_model, precision).shape[1],
+                "normalized": True,
+                "version": 0,  # nobody reads the collection before it has been finished once
+            }
+            with opened(args, name, metadata):
+                pass
+        version = metadata["version"]
+        life = {"since": version + 1, "until": FOREVER}
 
-        def blocks(items: list[Any]) -> Iterator[list[Any]]:
-            return (items[start : start + size] for start in range(0, len(items), size))
-
-        def add_rows(block: list[Chunk], vectors: Any) -> None:
-            life = {"since": version + 1, "until": FOREVER}
-            places = [{"source": c.source} | ({"page": c.page} if c.page else {}) for c in block]
+        def add_rows(collection: Any, block: list[Chunk], vectors: Any) -> None:
+            pages = [{"page": chunk.page} if chunk.page else {} for chunk in block]
             collection.add(
-                ids=[row_id(chunk) for chunk in block],
-                embeddings=vectors,
-                documents=[chunk.text for chunk in block],
-                metadatas=[place | life for place in places],
+                [row_id(chunk) for chunk in block],
+                vectors,
+                [
+                    {"source": c.source, **page, **life}
+                    for c, page in zip(block, pages, strict=True)
+                ],
+                [chunk.text for chunk in block],
             )
 
-        def remove_rows(until: int) -> None:
-            while found := collection.get(where={"until": {"$lte": until}}, limit=size)["ids"]:
-                collection.delete(ids=found)
-
-        remove_rows(version)  # a run died before it removed them
         rows: dict[str, Any] = {}
-        for start in range(0, collection.count(), size):
-            page = collection.get(limit=size, offset=start, include=["metadatas"])
-            rows |= zip(page["ids"], page["metadatas"], strict=True)
+        with opened(args, name) as collection:
+            remove_rows(collection, version)  # a run died before it had
+            for start in range(0, collection.count(), BLOCK):
+                page = collection.get(limit=BLOCK, offset=start, include=["metadatas"])
+                rows |= zip(page["ids"], page["metadatas"], strict=True)
         wanted = {row_id(chunk): chunk for chunk in chunks}
         embedded = {row.split("-")[0]: row for row in rows}  # by the id of the text
         new = [chunk for row, chunk in wanted.items() if row not in rows]
@@ -463,24 +497,26 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
         with tqdm(total=len(missing), desc="embedding", unit="chunk", delay=2, disable=None) as bar:
             for block in blocks(missing):
                 texts = [chunk.text for chunk in block]
-                add_rows(block, embed(texts, args.embed_model, index.precision))
+                vectors = embed(texts, args.embed_model, metadata["precision"])
+                with opened(args, name) as collection:
+                    add_rows(collection, block, vectors)
                 bar.update(len(block))
-        for block in blocks([chunk for chunk in new if str(chunk.id) in embedded]):
-            old = collection.get(
-                [embedded[str(chunk.id)] for chunk in block], include=["embeddings"]
-            )
-            vectors = dict(zip(old["ids"], old["embeddings"], strict=True))
-            add_rows(block, [vectors[embedded[str(chunk.id)]] for chunk in block])
-        until = {row: FOREVER if row in wanted else version + 1 for row in rows}
-        for block in blocks([row for row in rows if rows[row]["until"] != until[row]]):
-            collection.update(block, metadatas=[{"until": until[row]} for row in block])
-        collection.modify(metadata=collection.metadata | {"version": version + 1})
-        remove_rows(version + 1)
+        with opened(args, name) as collection:
+            for block in blocks([chunk for chunk in new if str(chunk.id) in embedded]):
+                old = [embedded[str(chunk.id)] for chunk in block]
+                found = collection.get(old, include=["embeddings"])  # in an order of its own
+                vectors = dict(zip(found["ids"], found["embeddings"], strict=True))
+                add_rows(collection, block, [vectors[row] for row in old])
+            until = {row: FOREVER if row in wanted else version + 1 for row in rows}
+            for block in blocks([row for row in rows if rows[row]["until"] != until[row]]):
+                collection.update(block, metadatas=[{"until": until[row]} for row in block])
+            collection.modify(metadata=metadata | {"version": version + 1})  # the change-over
+            remove_rows(collection, version + 1)
         before = {row.split("-")[0] for row in rows if rows[row]["since"] <= version}
         after = {str(chunk.id) for chunk in chunks}
         counts = len(after - before), len(after & before), len(before - after)
         notice("index: {} chunks added, {} reused, {} removed".format(*counts))
-        return index
+        return Index(name, metadata["precision"], metadata["dimension"])
 
 
 def retrieve(question: str, index: Index, args: argparse.Namespace) -> list[Hit]:
@@ -491,35 +527,31 @@ def retrieve(question: str, index: Index, args: argparse.Namespace) -> list[Hit]
             f"the embedder reads only {limit} tokens of this question: retrieval may miss the rest"
         )
     query = embed([question], args.embed_model, index.precision, query=True)
-    if query.shape[1] != index.collection.metadata["dimension"]:
+    if query.shape[1] != index.dimension:
         raise Failure(f"{args.embed_model} now makes vectors of another length: index again")
-    chroma, name = open_chroma(args.index, args.chroma_url), index.collection.name
-
-    def current() -> Index:
-        return Index(chroma.get_collection(name, embedding_function=None))
-
     while True:
-        version = current().version
-        valid = {"$and": [{"since": {"$lte": version}}, {"until": {"$gt": version}}]}
-        # Without a filter first: one costs half a second for 100,000 chunks, and is needed only
-        # while another run indexes (or where fewer than --top-k chunks are left).
-        for where in (None, valid):
-            found = index.collection.query(query, n_results=args.top_k, where=where)
-            rows = found["metadatas"][0]
-            whole = all(row["since"] <= version < row["until"] for row in rows)
-            if whole and len(rows) == args.top_k:
-                break
-        if current().version == version:  # else a run has changed over meanwhile
-            break
-    columns = zip(found["documents"][0], rows, found["distances"][0], strict=True)
-    return [
-        Hit(Chunk(text, row["source"], row.get("page")), 1 - distance)
-        for text, row, distance in columns
-    ]
+        with opened(args, index.name) as collection:
+            version = collection.metadata["version"]
+            valid = {"$and": [{"since": {"$lte": version}}, {"until": {"$gt": version}}]}
+            # Without a filter first: one costs half a second for 100,000 chunks, and is needed only
+            # while another run indexes (or where fewer than --top-k chunks are left).
+            for where in (None, valid):
+                found = collection.query(query, n_results=args.top_k, where=where)
+                rows = found["metadatas"][0]
+                whole = all(row["since"] <= version < row["until"] for row in rows)
+                if whole and len(rows) == args.top_k:
+                    break
+        columns = zip(found["documents"][0], rows, found["distances"][0], strict=True)
+        hits = [Hit(Chunk(text, row["source"], row.get("page")), 1 - d) for text, row, d in columns]
+        if not args.chroma_url:
+            return hits
+        with opened(args, index.name) as collection:  # on a server others may write meanwhile
+            if collection.metadata["version"] == version:
+                return hits
 
 
 @functools.cache
-def client() -> Any:
+def claude() -> Any:
     """The SDK's client, made once: it keeps its connections, and tries 429 and 5xx twice again."""
     import anthropic
 
@@ -534,7 +566,7 @@ def generate(
     user = {"role": "user", "content": prompt}
     request = {"model": args.model, "max_tokens": MAX_ANSWER_TOKENS, "system": SYSTEM_PROMPT}
     show_prompt(request | {"messages": [user]}, args)
-    message = client().messages.create(**request, messages=[user])
+    message = claude().messages.create(**request, messages=[user])
     text = "".join(block.text for block in message.content if block.type == "text")
     usage = (message.usage.input_tokens, message.usage.output_tokens)
     return check_answer(text, message.stop_reason, usage, prompt)
