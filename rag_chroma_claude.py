@@ -370,7 +370,7 @@ def opened(
             raise Failure(f"{folder} is damaged or can't be written: {hint} ({error})") from error
         finally:
             if chroma:
-                chroma.close()  # ty: ignore[unresolved-attribute]
+                chroma.close()  # ty: ignore[missing-attribute]
 
 
 def is_ours(folder: Path) -> bool:
@@ -422,6 +422,20 @@ def load_index(args: argparse.Namespace) -> Index | None:
     return Index(COLLECTION, metadata["precision"], metadata["dimension"])
 
 
+def create_collection(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Make an empty collection; returns its metadata."""
+    precision = native_precision()
+    metadata = {
+        "embed_model": args.embed_model,
+        "precision": precision,
+        "dimension": embed(["a"], args.embed_model, precision).shape[1],
+        "normalized": True,
+        "version": 0,  # nobody reads the collection before it has been finished once
+    }
+    with opened(args, name, metadata):
+        return metadata
+
+
 def row_id(chunk: Chunk) -> str:
     """The chunk's id and a digest of its place: a passage that moved is a new row in Chroma."""
     place = json.dumps([chunk.source, chunk.page])
@@ -457,18 +471,7 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
     with FileLock(lock, timeout=0) if kept else nullcontext():
         # In memory each call has a collection of its own.
         name = COLLECTION if kept else f"memory-{time.time_ns()}"
-        metadata = read_metadata(args)
-        if not metadata:
-            precision = native_precision()
-            metadata = {
-                "embed_model": args.embed_model,
-                "precision": precision,
-                "dimension": embed(["a"], args.embed_model, precision).shape[1],
-                "normalized": True,
-                "version": 0,  # nobody reads the collection before it has been finished once
-            }
-            with opened(args, name, metadata):
-                pass
+        metadata = read_metadata(args) or create_collection(args, name)
         version = metadata["version"]
         life = {"since": version + 1, "until": FOREVER}
 
