@@ -583,7 +583,7 @@ def add_backend_arguments(add: Callable[..., Any]) -> None:
 
 
 def check_backend(args: argparse.Namespace) -> None:
-    """Choose the models' names and look for the keys, before anything heavy is imported."""
+    """Choose the models, look for keys and at the folder, before anything heavy is imported."""
     args.model = args.model or LLM_MODEL
     if args.embed_model == f"sentence-transformers/{EMBED_MODEL}":
         args.embed_model = EMBED_MODEL  # the hub's name of the same
@@ -595,6 +595,8 @@ def check_backend(args: argparse.Namespace) -> None:
         raise Failure("--chroma-url takes an address like http://localhost:8000, or cloud")
     if not args.retrieve_only:
         require_key("ANTHROPIC_API_KEY")
+    if args.index:
+        is_ours(args.index)
 
 
 # --- command line ---------------------------------------------------------------------------------
