@@ -1,0 +1,379 @@
+"""rag_chroma_claude.py with the real all-MiniLM-L6-v2, a real Chroma and a fake Claude."""
+
+# ruff: noqa: D103 - the names of the tests are their docstrings
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fake_llm import FakeLLM
+
+import rag_chroma_claude as rag
+
+ROOT = Path(rag.__file__).parent
+SCRIPT = ROOT / "rag_chroma_claude.py"
+
+# The script in a process of its own, with words hashed to vectors in place of the model, which
+# takes 20 s to import. Embedding 32 texts takes 10 ms, so that a kill can fall between.
+FAST = """
+import sys, time, zlib
+sys.path.insert(0, {root!r})
+import numpy as np
+import rag_chroma_claude as rag
+def embed(texts, *_, query=False):
+    vectors = np.full((len(texts), 384), 1e-6, np.float32)
+    for vector, text in zip(vectors, texts):
+        for word in text.lower().split():
+            vector[zlib.crc32(word.encode()) % 384] += 1
+    time.sleep(len(texts) * {pause})
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+rag.embed, rag.native_precision = embed, lambda: "float32"
+rag.token_counter = lambda _: (lambda texts: [len(t.split()) for t in texts], 250)
+rag.BLOCK = 64
+sys.exit(rag.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
+    """A fake Claude that the script finds through its environment."""
+    with FakeLLM() as fake:
+        for name, value in fake.environment().items():
+            monkeypatch.setenv(name, value)
+        rag.claude.cache_clear()
+        yield fake
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passages that have been embedded, in order."""
+    texts: list[str] = []
+    embed = rag.embed
+
+    def count(new: list[str], *args: Any, query: bool = False) -> Any:
+        if not query and new != ["a"]:
+            texts.extend(new)
+        return embed(new, *args, query=query)
+
+    monkeypatch.setattr(rag, "embed", count)
+    return texts
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A folder with three short files."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "boat.md").write_text("The boat Heron was painted green in April.")
+    (folder / "well.md").write_text("The well behind the mill is 22 metres deep.")
+    (folder / "cook.md").write_text("Imke Dallinger cooks the soup on Fridays.")
+    return folder
+
+
+def fast(*args: object, pause: float = 0.0003) -> subprocess.Popen[str]:
+    """Start the script with the quick embedder."""
+    code = FAST.format(root=str(ROOT), pause=pause)
+    command = [sys.executable, "-c", code, "--retrieve-only", *map(str, args)]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err, err
+    return out, err
+
+
+def numbered(folder: Path, version: str, files: int = 20) -> Path:
+    """Files whose every second paragraph names the version: 600 chunks for 20 files."""
+    folder.mkdir(exist_ok=True)
+    for n in range(files):
+        facts = [
+            f"subject{n}x{m} {version if m % 2 else 'both'} part{m % 3} " + f"filler{n}x{m} " * 50
+            for m in range(30)
+        ]
+        (folder / f"{n}.txt").write_text("\n".join(facts))
+    return folder
+
+
+def passages(out: str) -> list[dict[str, Any]]:
+    return [source for line in out.splitlines() for source in json.loads(line)["sources"]]
+
+
+def everything(place: Path) -> list[tuple[str, str]]:
+    """All the rows that the index in a folder shows, as (text, source)."""
+    import chromadb
+
+    client: Any = chromadb.PersistentClient(place)
+    try:
+        collection = client.get_collection(rag.COLLECTION, embedding_function=None)
+        version = collection.metadata["version"]
+        rows = collection.get()
+        assert all(m["since"] <= version < m["until"] for m in rows["metadatas"])
+        sources = [metadata["source"] for metadata in rows["metadatas"]]
+        return list(zip(rows["documents"], sources, strict=True))
+    finally:
+        client.close()
+
+
+def test_the_demonstration_answers_with_sources_and_refuses_the_last_question(
+    llm: FakeLLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rag.main([]) == 0
+    out, err = capsys.readouterr()
+    answers = re.findall(r"^Answer: (.*)", out, re.M)
+    assert len(answers) == 4
+    assert all(re.search(r"\[\d\]", answer) for answer in answers[:3])
+    assert "whole in one of them" in answers[0]
+    assert answers[3] == rag.REFUSAL
+    assert err == "index: 5 chunks added, 0 reused, 0 removed\n"
+    assert [request.json and request.json["model"] for request in llm.chat_requests] == [
+        "claude-sonnet-4-6"
+    ] * 4
+
+
+def test_json_has_the_fields_of_the_collection(
+    llm: FakeLLM, capsys: pytest.CaptureFixture[str], notes: Path
+) -> None:
+    assert rag.main(["--json", "--docs", str(notes), "How deep is the well?", "Who cooks?"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert list(first) == [
+        *("question", "answer", "refused", "error", "sources"),
+        *("model", "embed_model", "usage", "seconds"),
+    ]
+    best = first["sources"][0]
+    assert best["source"] == str(notes / "well.md")
+    assert best["n"] == 1
+    assert best["page"] is None
+    assert 0.5 < best["score"] <= 1
+    assert "22 metres" in first["answer"]
+    assert first["usage"]["input_tokens"] > 50
+    assert set(first["seconds"]) == {"load", "index", "retrieve", "first_token", "generate"}
+    assert second["question"] == "Who cooks?"
+    assert len(first["sources"]) == 3  # all there is
+
+
+def test_passages_alone_need_no_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], notes: Path
+) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    assert rag.main(["--retrieve-only", "--docs", str(notes), "the colour of the boat"]) == 0
+    assert "[1]" in capsys.readouterr().out
+
+
+def test_scores_are_the_cosine_of_the_real_embeddings(capsys: pytest.CaptureFixture[str]) -> None:
+    rag.main(["--retrieve-only", "--json", "Why do chunks overlap?"])
+    for source in passages(capsys.readouterr().out):
+        question = rag.embed(["Why do chunks overlap?"], rag.EMBED_MODEL, "float32", query=True)
+        passage = rag.embed([source["text"]], rag.EMBED_MODEL, "float32")
+        assert source["score"] == pytest.approx(float(question[0] @ passage[0]), abs=0.01)
+
+
+def test_only_what_changed_is_embedded_again(
+    embedded: list[str], notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--retrieve-only", "--json", "--index", str(tmp_path / "rag"), "How deep is the well?"]
+
+    def update() -> tuple[int, str, list[dict[str, Any]]]:
+        embedded.clear()
+        assert rag.main(["--docs", str(notes), *ask]) == 0
+        out, err = capsys.readouterr()
+        return len(embedded), err.strip().removeprefix("index: "), passages(out)
+
+    assert update()[:2] == (3, "3 chunks added, 0 reused, 0 removed")
+    assert update()[:2] == (0, "0 chunks added, 3 reused, 0 removed")
+    (notes / "boat.md").write_text("The boat Heron was painted red in May.")
+    assert update()[:2] == (1, "1 chunks added, 2 reused, 1 removed")
+    (notes / "cook.md").unlink()
+    assert update()[:2] == (0, "0 chunks added, 2 reused, 1 removed")
+    (notes / "well.md").rename(notes / "fountain.md")
+    count, said, hits = update()
+    assert (count, said) == (0, "0 chunks added, 2 reused, 0 removed")
+    assert hits[0]["source"] == str(notes / "fountain.md")
+    assert sorted(Path(source).name for _, source in everything(tmp_path / "rag")) == [
+        *("boat.md", "fountain.md")
+    ]
+    assert rag.main(ask) == 0  # without --docs the kept index is asked
+    assert passages(capsys.readouterr().out) == hits
+
+
+def test_another_embedder_is_refused_and_told_what_to_type(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--retrieve-only", "--index", str(tmp_path / "rag"), "soup"]
+    alias = ["--embed-model", "sentence-transformers/all-MiniLM-L6-v2"]
+    assert rag.main(["--docs", str(notes), *ask]) == 0
+    assert rag.main([*ask, *alias]) == 0
+    assert rag.main([*ask, "--embed-model", "other/model"]) == 2
+    assert "type --embed-model all-MiniLM-L6-v2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["files", "another Chroma", "damaged"])
+def test_a_folder_that_is_not_ours_is_refused_and_left_as_it_is(
+    kind: str, tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import chromadb
+
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    if kind == "files":
+        (folder / "thesis.txt").write_text("mine")
+    elif kind == "damaged":
+        (folder / "chroma.sqlite3").write_bytes(b"no database" * 1000)
+    else:
+        client: Any = chromadb.PersistentClient(folder)
+        client.create_collection("theirs", embedding_function=None)
+        client.close()
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for docs in ([], ["--docs", str(notes)]):
+        assert rag.main(["--retrieve-only", "--index", str(folder), *docs]) == 2
+        err = capsys.readouterr().err
+        assert "--index" in err or "damaged" in err
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_killed_at_any_moment_leaves_the_old_index_and_the_next_is_complete(
+    tmp_path: Path,
+) -> None:
+    place, docs = tmp_path / "rag", numbered(tmp_path / "docs", "old")
+    end(fast("--index", place, "--docs", docs, "subject1x1"))
+    old = sorted(everything(place))
+    assert len(old) == 600
+    numbered(docs, "new")
+    for seed in range(3):
+        process = fast("--index", place, "--docs", docs, "subject1x1", pause=0.003)
+        time.sleep(random.Random(seed).uniform(1.2, 4))
+        process.kill()
+        process.communicate()
+        out, _ = end(fast("--index", place, "--json", "--top-k", 1, "subject7x7 part1"))
+        (hit,) = passages(out)
+        assert " old " in hit["text"] or " new " in hit["text"]
+    _, err = end(fast("--index", place, "--docs", docs, "subject1x1"))
+    assert re.search(r"index: (300|0) chunks added, (300|600) reused", err), err
+    rows = everything(place)
+    texts = {text for text, _ in rows}
+    assert len(rows) == len(texts) == 600
+    assert not any(" old " in text for text in texts)
+
+
+@contextlib.contextmanager
+def server(path: Path) -> Iterator[str]:
+    """A real Chroma server on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    chroma = Path(sys.executable).with_name("chroma")
+    command = [chroma, "run", "--path", path, "--port", str(port), "--host", "127.0.0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("where", ["folder", "server"])
+def test_whoever_asks_during_an_update_sees_the_old_version_or_the_new(
+    where: str, tmp_path: Path
+) -> None:
+    docs = numbered(tmp_path / "docs", "old", 8)
+    with contextlib.ExitStack() as stack:
+        if where == "server":
+            place = ["--chroma-url", stack.enter_context(server(tmp_path / "rag"))]
+        else:
+            place = ["--index", str(tmp_path / "rag")]
+        _, err = end(fast(*place, "--docs", docs, "x"))
+        assert "index: 240 chunks added, 0 reused, 0 removed" in err
+        numbered(docs, "new", 8)
+        writer = fast(*place, "--docs", docs, "x", pause=0.01)
+        second = None
+        seen = []
+        while writer.poll() is None:
+            second = second or fast(*place, "--docs", docs, "x")  # meets the first one's lock
+            questions = [f"old new subject{n}x{m}" for n in range(8) for m in (1, 3, 5)]
+            out, _ = end(fast(*place, "--json", "--top-k", 2, *questions))
+            for line in out.splitlines():
+                hits = json.loads(line)["sources"]
+                assert len(hits) == 2
+                words = {text.split()[1] for text in (hit["text"] for hit in hits)} - {"both"}
+                assert len(words) == 1, hits
+                seen += words
+        assert "index: 120 chunks added, 120 reused, 120 removed" in end(writer)[1]
+        assert second
+        assert "another run is indexing there" in end(second)[1]
+        assert second.returncode == 2
+        assert "old" in seen
+    texts = [text for text, _ in everything(tmp_path / "rag")]
+    assert len(texts) == len(set(texts)) == 240
+    assert not any(" old " in text for text in texts)
+
+
+def test_a_server_that_does_not_answer_is_one_line_that_says_how_to_start_one() -> None:
+    process = fast("--chroma-url", "http://127.0.0.1:9", "x")
+    _, err = end(process)
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert "chroma run --path .chroma" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["hello"], "ANTHROPIC_API_KEY"),
+        (["--chroma-url", "localhost:8000", "x"], "http://localhost:8000"),
+        (["--chroma-url", "cloud", "x"], "CHROMA_API_KEY"),
+        (["--chroma-url", "http://x", "--index", "y", "x"], "not both|give --index or"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_before_anything_heavy_is_imported(
+    args: list[str], said: str
+) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rag_chroma_claude as rag\n"
+        f"code = rag.main({args!r})\n"
+        "heavy = {'torch', 'chromadb', 'anthropic', 'sentence_transformers'}\n"
+        "assert not heavy & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    keys = ("ANTHROPIC_API_KEY", "CHROMA_API_KEY")
+    environment = {name: value for name, value in os.environ.items() if name not in keys}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert time.perf_counter() - start < 2  # 0.3 s on an idle machine
+    assert done.returncode == 2, done.stderr
+    assert re.search(said, done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_file_alone_in_a_folder_is_a_whole_program(llm: FakeLLM, tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    command = ["uv", "run", "rag_chroma_claude.py", "--json"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    refused = [json.loads(line)["refused"] for line in done.stdout.splitlines()]
+    assert refused == [False, False, False, True]
