@@ -483,7 +483,7 @@ def notice(text: str) -> None:
 
 def printable(text: str) -> str:
     """Drop the control characters by which text could drive a terminal (ANSI, bidirectional)."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
 
 
 def show_prompt(request: dict[str, Any], args: argparse.Namespace) -> None:
@@ -522,7 +522,8 @@ def explain(error: Exception) -> tuple[str, int]:
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
         line = f"another run is indexing there, try again when it has ended ({line})"
-    return textwrap.shorten(line, 300), 2 if isinstance(error, OSError) else 1
+    mendable = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    return textwrap.shorten(line, 300), 2 if mendable else 1
 
 
 def print_hits(question: str, hits: list[Hit], whole: bool) -> None:

@@ -54,6 +54,7 @@ FAISS_FACTORY = "Flat"
 MAX_INPUTS, MAX_TOKENS = 2_048, 300_000  # what OpenAI takes in one embedding request
 MAX_INPUT_TOKENS = 8_192  # what it reads of one text
 BLOCK = 1_024  # chunks embedded between two saves: the most that a crash can lose
+KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 MAX_ANSWER_TOKENS = 1_024  # a grounded answer is short; this caps what one can cost
 TOP_K = 4  # more passages find more, and distract more
 CHUNK_CHARACTERS = 800  # a paragraph, some 200 tokens: one thought with enough words around it
@@ -143,13 +144,18 @@ def read_pages(file: Path) -> list[str]:
         return [page.extract_text() for page in pypdf.PdfReader(file).pages]
     if kind == ".docx":
         return [docx2txt.process(file)]
-    if kind not in (".txt", ".md", ".rst", ".html", ".htm"):
-        raise ValueError("its kind is none of .txt .md .rst .html .pdf .docx")
+    if kind not in KINDS:
+        raise ValueError(f"its kind is none of {' '.join(KINDS)}")
     # UTF-8, or what a byte order mark or an HTML page declares, or else the old Windows encoding.
     text = UnicodeDammit(file.read_bytes(), ["utf-8"], user_encodings=["cp1252"]).unicode_markup
     if text is None or "\0" in text:
         raise ValueError("it is not text")
     return [BeautifulSoup(text, "html.parser").get_text("\n") if kind.startswith(".htm") else text]
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether the file, or a folder between it and `folder`, is hidden (.git, .venv, .rag)."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def load_documents(paths: list[str]) -> list[Document]:
@@ -162,9 +168,13 @@ def load_documents(paths: list[str]) -> list[Document]:
     for path in map(Path, paths):
         if not path.exists():
             raise Failure(f"no such file or folder: {path}")
-        found = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-        shown = [f for f in found if not re.search(r"(^|[/\\])\.", str(f.relative_to(path)))]
-        files |= dict.fromkeys(f for f in shown if f.is_file())
+        if not path.is_dir():
+            files[path] = None
+            continue
+        inside = [f for f in sorted(path.rglob("*")) if f.is_file() and not is_hidden(f, path)]
+        files |= dict.fromkeys(f for f in inside if f.suffix.lower() in KINDS)
+        if others := sum(f.suffix.lower() not in KINDS for f in inside):
+            notice(f"left out in {path}: {others} files of other kinds than {' '.join(KINDS)}")
     documents = []
     for file in tqdm(files, "reading", unit="file", delay=2, disable=None):
         try:  # "replace": half characters in a text or a name can't be printed, sent or stored
@@ -330,7 +340,10 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
 
     def save(name: str, write: Callable[[str], Any]) -> None:
         if folder:  # replaced in one step: whoever reads finds the old file or the new one
-            write(str(folder / f"new-{name}"))
+            try:
+                write(str(folder / f"new-{name}"))
+            except Exception as error:  # each library has its own for a full disk
+                raise Failure(f"can't write in {folder}: {error}") from error
             (folder / f"new-{name}").replace(folder / name)
 
     def save_manifest(index: Index) -> None:
@@ -466,6 +479,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="a JSON object a question")
     add_backend_arguments(add)
     args = parser.parse_intermixed_args(argv)
+    args.question = [question.encode(errors="replace").decode() for question in args.question]
     if args.top_k < 1:
         parser.error("--top-k must be 1 or more")
     for question in args.question:
@@ -473,7 +487,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"a question has 1 to {MAX_QUESTION} characters: put a long text in --docs"
             )
-        if len(question) < 256 and Path(question).exists():
+        if len(question.encode()) < 256 and Path(question).exists():
             parser.error(f"{question} is a file, not a question: give each file its own --docs")
     return args
 
@@ -492,7 +506,7 @@ def notice(text: str) -> None:
 
 def printable(text: str) -> str:
     """Drop the control characters by which text could drive a terminal (ANSI, bidirectional)."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
 
 
 def show_prompt(request: dict[str, Any], args: argparse.Namespace) -> None:
@@ -524,12 +538,15 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"the service refused the key (HTTP {status}): set the right one", 2
     if status == 404:
         return "the service has no such model (HTTP 404): change --model or --embed-model", 2
+    if isinstance(error, Failure):
+        return str(error), 2
     line = " ".join(f"{error or type(error).__name__} {error.__cause__ or ''}".split())
     if isinstance(error, (AttributeError, TypeError, LookupError, ValueError, AssertionError)):
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
         line = f"another run is indexing there, try again when it has ended ({line})"
-    return textwrap.shorten(line, 300), 2 if isinstance(error, (Failure, OSError)) else 1
+    mendable = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    return textwrap.shorten(line, 300), 2 if mendable else 1
 
 
 def print_hits(question: str, hits: list[Hit], whole: bool) -> None:

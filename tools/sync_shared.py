@@ -66,7 +66,7 @@ GROUPS = [
     Group(  # all-MiniLM-L6-v2 on this machine
         LOCAL,
         (CHROMA,),
-        ("EMBED_MODEL", "packaged", "load_embedder", "token_counter", "embed"),
+        ("packaged", "load_embedder", "native_precision", "token_counter", "embed"),
     ),
 ]
 
