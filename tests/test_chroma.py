@@ -125,9 +125,8 @@ def everything(place: Path) -> list[tuple[str, str]]:
         collection = client.get_collection(rag.COLLECTION, embedding_function=None)
         version = collection.metadata["version"]
         rows = collection.get()
-        assert all(m["since"] <= version < m["until"] for m in rows["metadatas"])
-        sources = [metadata["source"] for metadata in rows["metadatas"]]
-        return list(zip(rows["documents"], sources, strict=True))
+        pairs = zip(rows["documents"], rows["metadatas"], strict=True)
+        return [(t, m["source"]) for t, m in pairs if m["since"] <= version < m["until"]]
     finally:
         client.close()
 
@@ -261,11 +260,10 @@ def test_a_run_killed_at_any_moment_leaves_the_old_index_and_the_next_is_complet
         time.sleep(random.Random(seed).uniform(1.2, 4))
         process.kill()
         process.communicate()
-        out, _ = end(fast("--index", place, "--json", "--top-k", 1, "subject7x7 part1"))
-        (hit,) = passages(out)
-        assert " old " in hit["text"] or " new " in hit["text"]
+        rows = sorted(everything(place))
+        assert rows == old or (len(rows) == 600 and not any(" old " in text for text, _ in rows))
     _, err = end(fast("--index", place, "--docs", docs, "subject1x1"))
-    assert re.search(r"index: (300|0) chunks added, (300|600) reused", err), err
+    assert re.search(r"index: (300|0) chunks added, (300|600) reused, (300|0) removed", err), err
     rows = everything(place)
     texts = {text for text, _ in rows}
     assert len(rows) == len(texts) == 600
@@ -310,7 +308,7 @@ def test_whoever_asks_during_an_update_sees_the_old_version_or_the_new(
         seen = []
         while writer.poll() is None:
             second = second or fast(*place, "--docs", docs, "x")  # meets the first one's lock
-            questions = [f"old new subject{n}x{m}" for n in range(8) for m in (1, 3, 5)]
+            questions = [f"old new subject{n}x{m}" for n in range(8) for m in (1, 3)]
             out, _ = end(fast(*place, "--json", "--top-k", 2, *questions))
             for line in out.splitlines():
                 hits = json.loads(line)["sources"]
