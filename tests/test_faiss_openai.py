@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import anthropic
+import fake_llm
 import numpy as np
 import openai
 import pytest
