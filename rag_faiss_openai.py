@@ -155,7 +155,8 @@ def load_documents(paths: list[str]) -> list[Document]:
 
     Files that can't be read are named on stderr. Raises Failure where nothing is left to index.
     """
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of each harmless oddity
+    for parser in ("pypdf", "bs4"):  # which warn of each harmless oddity
+        logging.getLogger(parser).setLevel(logging.CRITICAL)
     files: dict[Path, None] = {}  # a file given twice is read once
     for path in map(Path, paths):
         if not path.exists():
