@@ -168,7 +168,8 @@ def load_documents(paths: list[str]) -> list[Document]:
 
     Files that can't be read are named on stderr. Raises Failure where nothing is left to index.
     """
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of each harmless oddity
+    for parser in ("pypdf", "bs4"):  # which warn of each harmless oddity
+        logging.getLogger(parser).setLevel(logging.CRITICAL)
     files: dict[Path, None] = {}  # a file given twice is read once
     for path in map(Path, paths):
         if not path.exists():
@@ -650,7 +651,7 @@ def require_key(variable: str) -> None:
 
 def notice(text: str) -> None:
     """Say something on stderr; stdout is for answers."""
-    print(printable(text), file=sys.stderr, flush=True)
+    tqdm.write(printable(text), file=sys.stderr)  # above a progress bar, if there is one
 
 
 def printable(text: str) -> str:
@@ -693,7 +694,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, (AttributeError, TypeError, LookupError, ValueError, AssertionError)):
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
-        line = f"another run is indexing there, try again when it has ended ({line})"
+        line = f"another run is at work there, try again when it has ended ({line})"
     mendable = isinstance(error, OSError) and not isinstance(error, ConnectionError)
     return textwrap.shorten(line, 300), 2 if mendable else 1
 

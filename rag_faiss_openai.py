@@ -74,7 +74,7 @@ SAMPLES = [
 ]
 DEMO_QUESTIONS = [
     "When was the lighthouse lit for the first time?",
-    "What does it cost to take my dog on the ferry?",
+    "What does a dog's ticket for the ferry cost?",
     "Who keeps the bees?",
     "What is the name of the island's doctor?",  # the samples don't tell: the answer is a refusal
 ]
@@ -479,7 +479,7 @@ def require_key(variable: str) -> None:
 
 def notice(text: str) -> None:
     """Say something on stderr; stdout is for answers."""
-    print(printable(text), file=sys.stderr, flush=True)
+    tqdm.write(printable(text), file=sys.stderr)  # above a progress bar, if there is one
 
 
 def printable(text: str) -> str:
@@ -522,7 +522,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, (AttributeError, TypeError, LookupError, ValueError, AssertionError)):
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
-        line = f"another run is indexing there, try again when it has ended ({line})"
+        line = f"another run is at work there, try again when it has ended ({line})"
     mendable = isinstance(error, OSError) and not isinstance(error, ConnectionError)
     return textwrap.shorten(line, 300), 2 if mendable else 1
 

@@ -643,7 +643,7 @@ def require_key(variable: str) -> None:
 
 def notice(text: str) -> None:
     """Say something on stderr; stdout is for answers."""
-    print(printable(text), file=sys.stderr, flush=True)
+    tqdm.write(printable(text), file=sys.stderr)  # above a progress bar, if there is one
 
 
 def printable(text: str) -> str:
@@ -686,7 +686,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, (AttributeError, TypeError, LookupError, ValueError, AssertionError)):
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
-        line = f"another run is indexing there, try again when it has ended ({line})"
+        line = f"another run is at work there, try again when it has ended ({line})"
     mendable = isinstance(error, OSError) and not isinstance(error, ConnectionError)
     return textwrap.shorten(line, 300), 2 if mendable else 1
 
