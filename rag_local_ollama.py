@@ -610,9 +610,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("question", nargs="*", help="left out: the demonstration's questions")
     add("--docs", action="append", metavar="PATH", help="a file or a folder; may be given again")
-    add(
-        "--index", type=Path, metavar="DIR", help="keep the index; without --docs, ask the kept one"
-    )
+    add("--index", type=Path, metavar="DIR", help="keep the index; alone: ask the kept one")
     add("--top-k", type=int, default=TOP_K, metavar="N", help="passages a question (%(default)s)")
     add("--model", metavar="NAME", help="the LLM")
     add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
@@ -626,9 +624,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--top-k must be 1 or more")
     for question in args.question:
         if not 0 < len(question.strip()) <= MAX_QUESTION:
-            parser.error(
-                f"a question has 1 to {MAX_QUESTION} characters: put a long text in --docs"
-            )
+            parser.error(f"a question has 1 to {MAX_QUESTION} characters: long texts go in --docs")
         if len(question.encode()) < 256 and Path(question).exists():
             parser.error(f"{question} is a file, not a question: give each file its own --docs")
     return args
@@ -740,10 +736,9 @@ def main(argv: list[str] | None = None) -> int:
         for question in args.question or DEMO_QUESTIONS:
             answer = answer_question(question, index, args)
             failed |= answer.error is not None
+            record = asdict(answer) | {"seconds": seconds | answer.seconds}
             if args.json:
-                print(
-                    json.dumps(asdict(answer) | {"seconds": seconds | answer.seconds}), flush=True
-                )
+                print(json.dumps(record), flush=True)
             elif answer.error:
                 notice(f"error: {answer.error}")
             elif answer.answer:
