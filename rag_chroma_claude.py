@@ -8,13 +8,13 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # On Linux the ordinary torch brings gigabytes of CUDA. For the CPU's, uncomment these six lines:
+# # The CPU build of torch on Linux, 2.8 GB less: take away the first "# " of these six lines.
+# # [tool.uv.sources]
+# # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 # # [[tool.uv.index]]
 # # name = "pytorch-cpu"
 # # url = "https://download.pytorch.org/whl/cpu"
 # # explicit = true
-# # [tool.uv.sources]
-# # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 # ///
 """Retrieval-augmented generation with all-MiniLM-L6-v2, a Chroma database and Claude.
 
@@ -25,7 +25,7 @@ nearest to a question, build a prompt from them, and let the LLM generate the an
     uv run rag_chroma_claude.py --docs notes/ "What did we decide?"
     uv run rag_chroma_claude.py --docs notes/ --index .rag      # later runs embed what has changed
 
-Needs ANTHROPIC_API_KEY and 500 MB of packages at first, the embedder among them (on Linux 3 GB:
+Needs ANTHROPIC_API_KEY and 0.5 GB of packages at first, the embedder among them (on Linux 3.2 GB:
 the first lines of the file say how to take less). It embeds here, so only questions and passages
 leave the machine. The demonstration costs about a cent. --chroma-url keeps the index on a server.
 Left out: tokens as they come (rag_streaming.py), many questions at once (rag_async.py), an index

