@@ -359,7 +359,7 @@ def test_two_runs_at_once_lose_nothing(llm, notes, tmp_path, nursery):
     codes = sorted(code for code, _ in ended)
     assert codes in ([0, 2], [0, 0])
     if codes == [0, 2]:
-        assert any("another run is indexing there, try again" in err for _, err in ended)
+        assert any("another run is at work there, try again" in err for _, err in ended)
     assert len(whole(kept).chunks) == 3
 
 
@@ -370,7 +370,7 @@ def test_an_index_that_is_being_written_is_refused(ask, notes, tmp_path):
     kept.mkdir()
     with FileLock(kept / ".lock"):
         code, _, err = ask("--index", kept, "--docs", notes, "praised")
-    assert (code, err.startswith("error: another run is indexing there")) == (2, True)
+    assert (code, err.startswith("error: another run is at work there")) == (2, True)
     assert ask("--index", kept, "--docs", notes, "praised")[0] == 0
 
 
