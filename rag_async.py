@@ -654,7 +654,8 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
         page = f", p. {hit.chunk.page}" if hit.chunk.page else ""
         text = hit.chunk.text if whole or n == 1 else textwrap.shorten(hit.chunk.text, 160)
         print(printable(f"  [{n}] {hit.score:.2f}  {hit.chunk.source}{page}"))
-        print(textwrap.fill(printable(text), 96, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        text = textwrap.fill(printable(text), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        print(text, flush=True)
 
 
 async def answer_question(

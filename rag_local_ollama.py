@@ -694,7 +694,8 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
         page = f", p. {hit.chunk.page}" if hit.chunk.page else ""
         text = hit.chunk.text if whole or n == 1 else textwrap.shorten(hit.chunk.text, 160)
         print(printable(f"  [{n}] {hit.score:.2f}  {hit.chunk.source}{page}"))
-        print(textwrap.fill(printable(text), 96, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        text = textwrap.fill(printable(text), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        print(text, flush=True)
 
 
 def answer_question(question: str, index: Index, args: argparse.Namespace) -> Answer:
@@ -710,7 +711,7 @@ def answer_question(question: str, index: Index, args: argparse.Namespace) -> An
             text, usage = generate(question, hits, args)
     except Exception as failure:
         error, code = explain(failure)
-        if code == 2:
+        if code == 2 or isinstance(failure, BrokenPipeError):  # stdout's: SDKs have their own
             raise
     sources = [{"n": n, **asdict(hit.chunk), "score": hit.score} for n, hit in enumerate(hits, 1)]
     seconds = {"retrieve": found - start, "first_token": None, "generate": clock() - found}

@@ -41,9 +41,9 @@ def clean_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(THEIRS)
+        if not name.startswith((*THEIRS, "PYTHON"))  # unbuffered, without bytecode...
         and name.upper() not in PROXIES
-        and name not in ("VIRTUAL_ENV", "PYTHONPATH")
+        and name != "VIRTUAL_ENV"
     }
 
 

@@ -2,7 +2,7 @@
 
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -13,35 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_llm import FakeLLM
+from conftest import ROOT, command, environment
 
-SCRIPT = Path(__file__).resolve().parent.parent / "rag_async.py"
+import rag_async as rag
+
+SCRIPT = ROOT / "rag_async.py"
 KEYS = ["number", "question", "answer", "refused", "error", "sources", "model", "embed_model"]
 KEYS += ["usage", "seconds"]
 FACTS = [f"The tram to stop{n} is painted colour{n}." for n in range(1, 13)]
 QUESTIONS = [f"What colour is the tram to stop{n} painted?" for n in range(1, 13)]
 NO_RETRY = {"x-should-retry": "false"}  # the SDK heeds it: a test need not wait for 12 retries
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rag = load(SCRIPT)
-
-
-@pytest.fixture
-def llm(monkeypatch):
-    with FakeLLM() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        rag.client.cache_clear()
-        yield server
-        rag.client.cache_clear()
-        assert server.errors == []
 
 
 @pytest.fixture
@@ -84,9 +65,15 @@ def is_complete(found):
 
 def start(*args):
     """Start `uv run rag_async.py` in a process group of its own, as a terminal does."""
-    command = ["uv", "run", "--script", str(SCRIPT), *args]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command("rag_async.py", *args),
+        env=environment(),
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for_lines(count, process):
@@ -152,6 +139,7 @@ def test_stdout_has_the_order_of_the_questions_whichever_is_answered_first(
 def test_an_answer_is_printed_as_soon_as_all_before_it_are_there(llm, files):
     fail(llm, 3, delay=60)
     process = start(*ALL, "--json")
+    assert process.stdout
     try:
         lines = [json.loads(process.stdout.readline()) for _ in range(2)]
         assert [line["question"] for line in lines] == QUESTIONS[:2]
@@ -458,11 +446,13 @@ def check_concurrency(module, llm):
     ids=["none", "acreate", "sync-call", "no-await", "unbounded", "asked-by-all", "one-by-one"],
 )
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_a_planted_fault_is_caught(llm, files, old, new):
+def test_a_planted_fault_is_caught(llm, files, monkeypatch, old, new):
     source = SCRIPT.read_text()
     assert not old or source.count(old) == 1
     Path("rag_planted.py").write_text(source.replace(old, new) if old else source)
-    module = load(Path("rag_planted.py"))
+    monkeypatch.syspath_prepend(str(files))
+    monkeypatch.delitem(sys.modules, "rag_planted", raising=False)
+    module = importlib.import_module("rag_planted")
     if not old:
         check_concurrency(module, llm)
         return

@@ -216,7 +216,8 @@ def test_any_file_name_is_read_and_keeps_its_place_in_the_prompt(tmp_path, name,
 
 def test_a_file_name_that_is_no_utf_8_is_read(tmp_path, monkeypatch):
     told = io.BytesIO()  # a stream as Python makes stderr; pytest's own is stricter
-    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(told, "utf-8", errors="backslashreplace"))
+    stderr = io.TextIOWrapper(told, "utf-8", errors="backslashreplace", line_buffering=True)
+    monkeypatch.setattr("sys.stderr", stderr)
     raw = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     Path(os.fsdecode(raw)).write_text("Some text.")
     Path(os.fsdecode(raw.replace(b".txt", b".md"))).write_text("")

@@ -17,12 +17,12 @@ import sys
 import time
 import types
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from fake_llm import REFUSAL, FakeLLM, extractive_reply, message_text
+from conftest import ROOT, command, environment
+from fake_llm import REFUSAL, extractive_reply, message_text
 
-SCRIPT = Path(__file__).parents[1] / "rag_streaming.py"
+SCRIPT = ROOT / "rag_streaming.py"
 TRAIN = "When does the night train leave Tamsel?"
 LEAVES = "leaves Tamsel at 21:35 from platform 3"
 AT_ONCE = {"retry-after-ms": "1"}  # the SDKs wait half a second before they try again, and more
@@ -55,13 +55,11 @@ EVENTS = {
 }
 
 
-@pytest.fixture
-def llm(monkeypatch):
-    with FakeLLM() as fake:
-        for name, value in fake.environment().items():
-            monkeypatch.setenv(name, value)
-        yield fake
-    assert not fake.errors
+def start(*argv, **options):
+    """Start the script, with its stdout in a pipe."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *argv], env=environment(), stdout=subprocess.PIPE, **options
+    )
 
 
 def load(*changes):
@@ -156,8 +154,8 @@ def test_tokens_are_printed_one_by_one_while_the_stream_goes_on(llm, monkeypatch
 
 def test_tokens_reach_a_pipe_one_by_one(llm):
     llm.token_delay = 0.05
-    run = subprocess.Popen([sys.executable, SCRIPT, TRAIN], stdout=subprocess.PIPE)
-    reads = []
+    run, reads = start(TRAIN), []
+    assert run.stdout
     while data := os.read(run.stdout.fileno(), 65536):
         reads.append((time.monotonic(), data))
     run.stdout.close()
@@ -332,8 +330,8 @@ def test_what_the_user_can_mend_is_exit_code_2(llm, ask, provider, status):
 
 def test_ctrl_c_ends_one_shot_mode_with_130_and_no_traceback(llm):
     llm.token_delay = 0.2
-    command, pipes = [sys.executable, SCRIPT, TRAIN], {"stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, stderr=subprocess.PIPE) as run:
+    with start(TRAIN, stderr=subprocess.PIPE) as run:
+        assert run.stdout
         out = b""
         while b"Answer: The" not in out:
             out += (data := os.read(run.stdout.fileno(), 65536))
@@ -363,9 +361,9 @@ def test_stdin_is_read_as_one_question_a_line(llm, ask_json, stdin):
 
 
 def test_lines_of_stdin_are_answered_while_it_is_open(llm):
-    command = ["uv", "run", "-q", SCRIPT]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **pipes) as run:
+    with start(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+        assert run.stdin
+        assert run.stdout
         run.stdin.write(f"{TRAIN}\n".encode())
         run.stdin.flush()
         while not (line := run.stdout.readline()).startswith(b"Answer: "):
@@ -400,8 +398,9 @@ class Terminal:
     def __init__(self, *argv, command=(sys.executable, SCRIPT)):
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:  # bracketed paste would wrap every prompt in escapes
-            os.execvpe(command[0], [*command, *argv], os.environ | {"TERM": "dumb"})
+            os.execvpe(command[0], [*command, *argv], environment({"TERM": "dumb"}))
         self.seen = self.new = ""
+        self.is_running = True
 
     def wait_for(self, text):
         """Wait until `text` is shown. Returns all since the last wait, up to its end."""
@@ -429,7 +428,7 @@ class Terminal:
         while time.monotonic() < deadline:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
-                self.pid = None
+                self.is_running = False
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
         raise AssertionError(f"it goes on after Ctrl-D: {self.seen}")
@@ -447,7 +446,7 @@ def chat(llm):
 
     yield start
     for terminal in terminals:
-        if terminal.pid:
+        if terminal.is_running:
             os.kill(terminal.pid, signal.SIGKILL)
             os.waitpid(terminal.pid, 0)
         os.close(terminal.terminal)
@@ -523,8 +522,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(llm, chat, provider):
 
 
 def test_ctrl_c_at_the_prompt_tells_how_to_leave_and_an_empty_line_asks_again(llm, chat):
-    terminal = chat("--retrieve-only", command=("uv", "run", "-q", str(SCRIPT)))  # as a user would
-    terminal.type("half a question\x03")
+    as_a_user = command(SCRIPT.name, "--retrieve-only")
+    terminal = chat(command=as_a_user)
+    terminal.type("half a question")
+    terminal.wait_for("half a question")
+    time.sleep(0.3)  # readline loses a signal that comes before it waits for the next key
+    terminal.type("\x03")
     assert "Ctrl-D leaves\n" in terminal.wait_for("\n> ")
     terminal.type("\n   \n")
     terminal.wait_for("\n> ")
