@@ -12,7 +12,7 @@
 # ///
 """Measure what the scripts add to the work that has to be done: each figure beside its floor.
 
-    uv run benchmarks/overhead.py                     # every part, 10 minutes on two idle cores
+    uv run benchmarks/overhead.py                     # every part, 25 minutes on two busy cores
     uv run benchmarks/overhead.py --only streaming    # one part
     uv run benchmarks/overhead.py --data FOLDER       # another text: corpus.jsonl, queries.jsonl
 
@@ -457,7 +457,7 @@ def main() -> int:
     add = parser.add_argument
     add("--data", type=Path, default=DATA, metavar="FOLDER", help="left out: SQuAD, or made text")
     add("--only", choices=PARTS, action="append", help="a part; may be given again")
-    add("--full", action="store_true", help="memory: really encode every chunk, half an hour")
+    add("--full", action="store_true", help="memory: really encode every chunk, for hours")
     add("--json", action="store_true", help="JSON Lines in place of the table")
     add("--child", help=argparse.SUPPRESS)
     options, rows = parser.parse_args(), []
