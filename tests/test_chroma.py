@@ -9,54 +9,70 @@ import json
 import os
 import random
 import re
-import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import ROOT, environment
 from fake_llm import FakeLLM
+from nursery import Nursery
 
 import rag_chroma_claude as rag
 
-ROOT = Path(rag.__file__).parent
-SCRIPT = ROOT / "rag_chroma_claude.py"
+SCRIPT = "rag_chroma_claude.py"
 
-# The script in a process of its own, with words hashed to vectors in place of the model, which
-# takes 20 s to import. Embedding 32 texts takes 10 ms, so that a kill can fall between.
+# The script in a process of its own, with words hashed to vectors in place of the model. Embedding
+# takes as long as RAG_PAUSE says for each text, so that a kill can fall between.
 FAST = """
-import sys, time, zlib
-sys.path.insert(0, {root!r})
-import numpy as np
+import os, time, zlib
+import numpy as np, chromadb, chromadb.utils.embedding_functions
 import rag_chroma_claude as rag
 def embed(texts, *_, query=False):
     vectors = np.full((len(texts), 384), 1e-6, np.float32)
     for vector, text in zip(vectors, texts):
         for word in text.lower().split():
             vector[zlib.crc32(word.encode()) % 384] += 1
-    time.sleep(len(texts) * {pause})
+    time.sleep(len(texts) * float(os.environ["RAG_PAUSE"]))
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 rag.embed, rag.native_precision = embed, lambda: "float32"
 rag.token_counter = lambda _: (lambda texts: [len(t.split()) for t in texts], 250)
 rag.BLOCK = 64
-sys.exit(rag.main(sys.argv[1:]))
 """
 
 
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), FAST)
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
-def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
-    """A fake Claude that the script finds through its environment."""
-    with FakeLLM() as fake:
-        for name, value in fake.environment().items():
-            monkeypatch.setenv(name, value)
-        rag.claude.cache_clear()
-        yield fake
+def fast(nursery: Nursery) -> Callable[..., int]:
+    """Start a run with the quick embedder."""
+
+    def start(*args: object, pause: float = 0.0003) -> int:
+        return nursery.start("--retrieve-only", *args, env={"RAG_PAUSE": str(pause)})
+
+    return start
+
+
+@pytest.fixture
+def end(nursery: Nursery) -> Callable[[int], tuple[int, str, str]]:
+    """Wait for a run: its exit code, stdout and stderr."""
+
+    def wait(pid: int) -> tuple[int, str, str]:
+        code, err = nursery.wait(pid)
+        assert "Traceback" not in err, err
+        return code, nursery.output(pid), err
+
+    return wait
 
 
 @pytest.fixture
@@ -83,21 +99,6 @@ def notes(tmp_path: Path) -> Path:
     (folder / "well.md").write_text("The well behind the mill is 22 metres deep.")
     (folder / "cook.md").write_text("Imke Dallinger cooks the soup on Fridays.")
     return folder
-
-
-def fast(*args: object, pause: float = 0.0003) -> subprocess.Popen[str]:
-    """Start the script with the quick embedder."""
-    code = FAST.format(root=str(ROOT), pause=pause)
-    command = [sys.executable, "-c", code, "--retrieve-only", *map(str, args)]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
-
-
-def end(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=60)
-    assert "Traceback" not in err, err
-    return out, err
 
 
 def numbered(folder: Path, version: str, files: int = 20) -> Path:
@@ -248,37 +249,49 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_as_it_is(
 
 
 def test_a_run_killed_at_any_moment_leaves_the_old_index_and_the_next_is_complete(
-    tmp_path: Path,
+    tmp_path: Path, fast: Callable[..., int], end: Callable[[int], tuple[int, str, str]]
 ) -> None:
-    place, docs = tmp_path / "rag", numbered(tmp_path / "docs", "old")
-    end(fast("--index", place, "--docs", docs, "subject1x1"))
-    old = sorted(everything(place))
-    assert len(old) == 600
-    numbered(docs, "new")
-    for seed in range(3):
-        process = fast("--index", place, "--docs", docs, "subject1x1", pause=0.003)
-        time.sleep(random.Random(seed).uniform(1.2, 4))
-        process.kill()
-        process.communicate()
-        rows = sorted(everything(place))
-        assert rows == old or (len(rows) == 600 and not any(" old " in text for text, _ in rows))
-    _, err = end(fast("--index", place, "--docs", docs, "subject1x1"))
-    assert re.search(r"index: (300|0) chunks added, (300|600) reused, (300|0) removed", err), err
-    rows = everything(place)
-    texts = {text for text, _ in rows}
-    assert len(rows) == len(texts) == 600
-    assert not any(" old " in text for text in texts)
+    place, docs, dice = tmp_path / "rag", numbered(tmp_path / "docs", "old"), random.Random(3)
+    args = ("--index", place, "--docs", docs, "subject1x1")
+
+    def shown() -> str:
+        """The version that the index shows, and shows whole."""
+        rows = everything(place)
+        texts = {text for text, _ in rows}
+        versions = {text.split()[1] for text in texts} - {"both"}
+        assert (len(rows), len(texts), len(versions)) == (600, 600, 1)
+        return versions.pop()
+
+    assert end(fast(*args))[0] == 0
+    assert shown() == "old"
+    now, then, kills = "old", "new", 0
+    numbered(docs, then)
+    for _ in range(6):
+        process = fast(*args, pause=0.002)
+        time.sleep(dice.uniform(0.1, 1.5))
+        os.kill(process, signal.SIGKILL)
+        kills += end(process)[0] == -signal.SIGKILL
+        if shown() == then:  # and the next run goes the other way
+            now, then = then, now
+            numbered(docs, then)
+    assert kills >= 3, "the test kills too late"
+    code, _, err = end(fast(*args))
+    assert code == 0, err
+    assert re.search(r"index: 300 chunks added, 300 reused, 300 removed", err), err
+    assert shown() == then
 
 
 @contextlib.contextmanager
-def server(path: Path) -> Iterator[str]:
+def server(path: Path) -> Generator[str]:
     """A real Chroma server on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     chroma = Path(sys.executable).with_name("chroma")
     command = [chroma, "run", "--path", path, "--port", str(port), "--host", "127.0.0.1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(200):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -292,7 +305,11 @@ def server(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("where", ["folder", "server"])
 def test_whoever_asks_during_an_update_sees_the_old_version_or_the_new(
-    where: str, tmp_path: Path
+    where: str,
+    tmp_path: Path,
+    nursery: Nursery,
+    fast: Callable[..., int],
+    end: Callable[[int], tuple[int, str, str]],
 ) -> None:
     docs = numbered(tmp_path / "docs", "old", 8)
     with contextlib.ExitStack() as stack:
@@ -300,36 +317,37 @@ def test_whoever_asks_during_an_update_sees_the_old_version_or_the_new(
             place = ["--chroma-url", stack.enter_context(server(tmp_path / "rag"))]
         else:
             place = ["--index", str(tmp_path / "rag")]
-        _, err = end(fast(*place, "--docs", docs, "x"))
+        _, _, err = end(fast(*place, "--docs", docs, "x"))
         assert "index: 240 chunks added, 0 reused, 0 removed" in err
         numbered(docs, "new", 8)
-        writer = fast(*place, "--docs", docs, "x", pause=0.01)
+        writer = fast(*place, "--docs", docs, "x", pause=0.03)
         second = None
         seen = []
-        while writer.poll() is None:
-            second = second or fast(*place, "--docs", docs, "x")  # meets the first one's lock
+        while nursery.is_running(writer):
             questions = [f"old new subject{n}x{m}" for n in range(8) for m in (1, 3)]
-            out, _ = end(fast(*place, "--json", "--top-k", 2, *questions))
+            _, out, _ = end(fast(*place, "--json", "--top-k", 2, *questions))
             for line in out.splitlines():
                 hits = json.loads(line)["sources"]
                 assert len(hits) == 2
                 words = {text.split()[1] for text in (hit["text"] for hit in hits)} - {"both"}
                 assert len(words) == 1, hits
                 seen += words
-        assert "index: 120 chunks added, 120 reused, 120 removed" in end(writer)[1]
+            second = second or fast(*place, "--docs", docs, "x")  # meets the first one's lock
+        assert "index: 120 chunks added, 120 reused, 120 removed" in end(writer)[2]
         assert second
-        assert "another run is indexing there" in end(second)[1]
-        assert second.returncode == 2
+        code, _, err = end(second)
+        assert (code, "another run is at work there" in err) == (2, True)
         assert "old" in seen
     texts = [text for text, _ in everything(tmp_path / "rag")]
     assert len(texts) == len(set(texts)) == 240
     assert not any(" old " in text for text in texts)
 
 
-def test_a_server_that_does_not_answer_is_one_line_that_says_how_to_start_one() -> None:
-    process = fast("--chroma-url", "http://127.0.0.1:9", "x")
-    _, err = end(process)
-    assert process.returncode == 2
+def test_a_server_that_does_not_answer_is_one_line_that_says_how_to_start_one(
+    fast: Callable[..., int], end: Callable[[int], tuple[int, str, str]]
+) -> None:
+    code, _, err = end(fast("--chroma-url", "http://127.0.0.1:9", "x"))
+    assert code == 2
     assert err.count("\n") == 1
     assert "chroma run --path .chroma" in err
 
@@ -353,25 +371,18 @@ def test_what_the_user_can_mend_is_said_before_anything_heavy_is_imported(
         "assert not heavy & set(sys.modules)\n"
         "sys.exit(code)"
     )
-    keys = ("ANTHROPIC_API_KEY", "CHROMA_API_KEY")
-    environment = {name: value for name, value in os.environ.items() if name not in keys}
-    start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
     )
-    assert time.perf_counter() - start < 2  # 0.3 s on an idle machine
     assert done.returncode == 2, done.stderr
     assert re.search(said, done.stderr)
     assert done.stderr.count("\n") == 1
 
 
-def test_the_file_alone_in_a_folder_is_a_whole_program(llm: FakeLLM, tmp_path: Path) -> None:
-    shutil.copy(SCRIPT, tmp_path)
-    command = ["uv", "run", "rag_chroma_claude.py", "--json"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
-    )
+def test_the_script_runs_as_a_user_runs_it(
+    llm: FakeLLM, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run(SCRIPT, "--json", timeout=280)
     assert done.returncode == 0, done.stderr
     refused = [json.loads(line)["refused"] for line in done.stdout.splitlines()]
     assert refused == [False, False, False, True]

@@ -21,6 +21,7 @@ import numpy as np
 import openai
 import pytest
 from conftest import ROOT, environment
+from nursery import Nursery
 
 import rag_faiss_openai as rag
 
@@ -229,79 +230,19 @@ def test_later_runs_embed_only_what_has_changed(ask, llm, notes, tmp_path):
     }
 
 
-NURSERY = f"""
-import json, os, sys; sys.path.insert(0, {str(ROOT)!r})
+SETUP = """
 import anthropic, bs4, docx2txt, faiss, numpy, openai, openai.resources, pypdf
 import rag_faiss_openai as rag
 rag.BLOCK = 20
-for line in sys.stdin:
-    order, given = json.loads(line)
-    if order == "wait":
-        pid, status = os.waitpid(given, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    pid = os.fork()
-    if not pid:
-        os.environ.update(given["env"])
-        for stream, name in ((1, given["out"]), (2, given["err"])):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-        try:
-            code = rag.main(given["args"])
-        except BaseException:
-            import traceback; traceback.print_exc(); code = 99
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
 """
-
-
-class Nursery:
-    """Processes that run main, forked from one that has made the imports: seconds saved on each.
-
-    They index in blocks of 20 chunks.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.pids = folder, []
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            env=environment(),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def order(self, what, given):
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps([what, given]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, *args):
-        """Start a run; its process id."""
-        place = self.folder / str(len(self.pids))
-        env = {k: v for k, v in os.environ.items() if k.startswith(("OPENAI_", "ANTHROPIC_"))}
-        given = {
-            "args": [*map(str, args)],
-            "env": env,
-            "out": f"{place}.out",
-            "err": f"{place}.err",
-        }
-        self.pids.append(self.order("start", given))
-        return self.pids[-1]
-
-    def wait(self, pid):
-        """Wait for a run: its exit code and its stderr."""
-        code = self.order("wait", pid)
-        return code, (self.folder / f"{self.pids.index(pid)}.err").read_text()
 
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    """Forks runs that index in blocks of 20 chunks."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), SETUP)
     yield nursery
-    nursery.process.communicate()
+    nursery.close()
 
 
 def wait_for(condition, seconds=30):

@@ -304,7 +304,9 @@ def test_openai_rejects(gpt, case):
     with pytest.raises(openai.APIStatusError, match=text) as caught:
         chat(gpt, **fields)
     assert caught.value.status_code == status
-    assert set(caught.value.body) == {"message", "type", "param", "code"}
+    body = caught.value.body
+    assert isinstance(body, dict)
+    assert set(body) == {"message", "type", "param", "code"}
 
 
 def test_openai_takes_every_role_that_it_documents(gpt):
@@ -365,9 +367,11 @@ def test_anthropic_rejects(claude, case):
     with pytest.raises(anthropic.APIStatusError, match=re.escape(text)) as caught:
         message(claude, **fields)
     assert caught.value.status_code == status
-    assert caught.value.body["type"] == "error"
+    body = caught.value.body
+    assert isinstance(body, dict)
+    assert body["type"] == "error"
     kind = "not_found_error" if status == 404 else "invalid_request_error"
-    assert caught.value.body["error"]["type"] == kind
+    assert body["error"]["type"] == kind
 
 
 ANTHROPIC_HEADERS = {"x-api-key": "k", "anthropic-version": "2023-06-01"}
@@ -552,8 +556,9 @@ def test_a_status_on_demand_is_the_error_of_the_client(fake, gpt, claude, status
     with pytest.raises(getattr(openai, for_openai), match=r"Not now\."):
         chat(gpt)
     error = getattr(anthropic, for_anthropic, anthropic.InternalServerError)
-    with pytest.raises(error, match=r"Not now\.") as caught:
+    with pytest.raises(anthropic.APIStatusError, match=r"Not now\.") as caught:
         message(claude)
+    assert isinstance(caught.value, error)
     assert caught.value.status_code == status
     assert chat(gpt)
 
@@ -759,6 +764,7 @@ def test_the_server_stops_at_once_though_clients_wait(fake):
 def test_it_runs_as_a_program_that_prints_its_url_first():
     command = [sys.executable, Path(__file__).with_name("fake_llm.py"), "--port", "0", "--ollama"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout
         try:
             url = program.stdout.readline().strip()
             assert httpx2.get(url).text == "Ollama is running"
