@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ LLM_MODELS = {"openai": "gpt-4o", "claude": "claude-sonnet-4-6"}
 FAISS_FACTORY = "Flat"
 MAX_INPUTS, MAX_TOKENS = 2_048, 300_000  # what OpenAI takes in one embedding request
 MAX_INPUT_TOKENS = 8_192  # what it reads of one text
+TIMEOUT = 120  # seconds without a byte from a service, after which it is asked again
 BLOCK = 1_024  # chunks embedded between two saves: the most that a crash can lose
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 MAX_ANSWER_TOKENS = 1_024  # a grounded answer is short; this caps what one can cost
@@ -144,6 +146,8 @@ def read_pages(file: Path) -> list[str]:
         return [page.extract_text() for page in pypdf.PdfReader(file).pages]
     if kind == ".docx":
         return [docx2txt.process(file)]
+    if not file.is_file():
+        raise ValueError("it is no file")
     if kind not in KINDS:
         raise ValueError(f"its kind is none of {' '.join(KINDS)}")
     # UTF-8, or what a byte order mark or an HTML page declares, or else the old Windows encoding.
@@ -153,15 +157,10 @@ def read_pages(file: Path) -> list[str]:
     return [BeautifulSoup(text, "html.parser").get_text("\n") if kind.startswith(".htm") else text]
 
 
-def is_hidden(file: Path, folder: Path) -> bool:
-    """Whether the file, or a folder between it and `folder`, is hidden (.git, .venv, .rag)."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
 def load_documents(paths: list[str]) -> list[Document]:
     """Read files and folders (with their subfolders, but nothing hidden and no linked folders).
 
-    Files that can't be read are named on stderr. Raises Failure where nothing is left to index.
+    What can't be read is named on stderr. Raises Failure where nothing is left to index.
     """
     for parser in ("pypdf", "bs4"):  # which warn of each harmless oddity
         logging.getLogger(parser).setLevel(logging.CRITICAL)
@@ -169,22 +168,22 @@ def load_documents(paths: list[str]) -> list[Document]:
     for path in map(Path, paths):
         if not path.exists():
             raise Failure(f"no such file or folder: {path}")
-        if not path.is_dir():
-            files[path] = None
-            continue
-        inside = [f for f in sorted(path.rglob("*")) if f.is_file() and not is_hidden(f, path)]
-        files |= dict.fromkeys(f for f in inside if f.suffix.lower() in KINDS)
-        if others := sum(f.suffix.lower() not in KINDS for f in inside):
+        found, shut = [] if path.is_dir() else [path], lambda error: notice(f"left out: {error}")
+        for folder, subfolders, names in os.walk(path, onerror=shut):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            found += [Path(folder, name) for name in sorted(names) if name[0] != "."]
+        files |= dict.fromkeys(f for f in found if f == path or f.suffix.lower() in KINDS)
+        if others := sum(f not in files for f in found):
             notice(f"left out in {path}: {others} files of other kinds than {' '.join(KINDS)}")
     documents = []
     for file in tqdm(files, "reading", unit="file", delay=2, disable=None):
         try:  # "replace": half characters in a text or a name can't be printed, sent or stored
             pages = [text.encode(errors="replace").decode() for text in read_pages(file)]
         except Exception as error:
-            notice(f"left out {file}: {error or type(error).__name__}")
+            notice(f"left out {json.dumps(str(file))}: {error or type(error).__name__}")
             continue
         if not "".join(pages).strip():
-            notice(f"left out {file}: there is no text in it (a scan needs OCR first)")
+            notice(f"left out {json.dumps(str(file))}: no text is in it (a scan needs OCR first)")
         name, is_pdf = os.fsencode(file).decode(errors="replace"), file.suffix.lower() == ".pdf"
         numbered = [Document(text, name, n if is_pdf else None) for n, text in enumerate(pages, 1)]
         documents += [document for document in numbered if document.text.strip()]
@@ -261,10 +260,10 @@ def client(llm: str) -> Any:
     if llm == "claude":
         import anthropic
 
-        return anthropic.Anthropic()
+        return anthropic.Anthropic(timeout=TIMEOUT)
     import openai
 
-    return openai.OpenAI()
+    return openai.OpenAI(timeout=TIMEOUT)
 
 
 def token_counter(embed_model: str) -> tuple[Callable[[list[str]], list[int]], int]:
@@ -313,16 +312,22 @@ def load_index(args: argparse.Namespace) -> Index | None:
         return None
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        made_with = f"{manifest['kind']} and {manifest['embed_model']}"
-        if made_with != f"faiss and {args.embed_model}":
-            hint = f"type --embed-model {manifest['embed_model']}, or name another --index"
-            raise Failure(f"{folder} was made with {made_with}, not {args.embed_model}: {hint}")
+        made_with = (manifest["kind"], manifest["embed_model"])
+        if made_with != ("faiss", args.embed_model):
+            hint = f"type --embed-model {made_with[1]} or " if made_with[0] == "faiss" else ""
+            made_with = " and ".join(made_with)
+            raise Failure(f"{folder} was made with {made_with}: {hint}name another --index")
         chunks = [Chunk(**chunk) for chunk in manifest["chunks"]]
+        if not chunks and not args.docs:
+            raise Failure(f"the first run on {folder} did not finish: name --docs again")
         if not chunks:
             return None
+        with (folder / Path(manifest["file"]).name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"]:
+                raise ValueError("its vectors have changed")
         vectors = faiss.read_index(str(folder / manifest["file"]))
         if (vectors.ntotal, vectors.d) != (len(chunks), manifest["dimension"]):
-            raise ValueError("its vectors are not those of its chunks")
+            raise ValueError("its vectors are not as many as its chunks")
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
     return Index(chunks, vectors, manifest["file"])
@@ -348,12 +353,17 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
             (folder / f"new-{name}").replace(folder / name)
 
     def save_manifest(index: Index) -> None:
+        sha256 = None
+        if folder and index.chunks:
+            with (folder / index.file).open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = {
             "kind": "faiss",
             "embed_model": args.embed_model,
             "dimension": index.vectors.d if index.chunks else None,
             "normalized": True,
             "file": index.file,
+            "sha256": sha256,
             "chunks": [asdict(chunk) for chunk in index.chunks],
         }
         save("manifest.json", lambda path: Path(path).write_text(json.dumps(manifest)))
@@ -383,6 +393,9 @@ def build_index(chunks: list[Chunk], args: argparse.Namespace) -> Index:
         notice("index: {} chunks added, {} reused, {} removed".format(*counts))
         if chunks == kept.chunks:
             return kept
+        if len({len(known[chunk.id]) for chunk in chunks}) > 1:
+            hint = f"remove {folder}, and index again"
+            raise Failure(f"{args.embed_model} now makes vectors of another length: {hint}")
         matrix = np.stack([known[chunk.id] for chunk in chunks])
         index = faiss.index_factory(matrix.shape[1], FAISS_FACTORY, faiss.METRIC_INNER_PRODUCT)
         index.train(matrix)  # "Flat" has nothing to learn
@@ -481,16 +494,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.question = [question.encode(errors="replace").decode() for question in args.question]
     if args.top_k < 1:
         parser.error("--top-k must be 1 or more")
+    if "" in (args.docs or []) or args.index == Path():
+        parser.error("--docs and --index need a path")
     for question in args.question:
         if not 0 < len(question.strip()) <= MAX_QUESTION:
             parser.error(f"a question has 1 to {MAX_QUESTION} characters: long texts go in --docs")
-        if len(question.encode()) < 256 and Path(question).exists():
+        if os.path.exists(question):  # noqa: PTH110 - Path's raises for what can't be a path
             parser.error(f"{question} is a file, not a question: give each file its own --docs")
     return args
 
 
 def require_key(variable: str) -> None:
     """Raise Failure where the environment has no key, or one that no HTTP header can carry."""
+    base_url = variable.replace("_API_KEY", "_BASE_URL")
+    if not re.match("https?://[^/]", os.environ.get(base_url) or "http://default"):
+        raise Failure(
+            f"{base_url} is no address like http://localhost:8000/v1: mend it or unset it"
+        )
     if not re.fullmatch("[!-~]+", os.environ.get(variable, "")):
         hint = f"export {variable}=..., or keep it in a file and type: uv run --env-file .env ..."
         raise Failure(f"{variable} is not set, or has blanks in it: {hint}")
@@ -534,7 +554,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if status in (401, 403):
         return f"the service refused the key (HTTP {status}): set the right one", 2
     if status == 404:
-        return "the service has no such model (HTTP 404): change --model or --embed-model", 2
+        hint = "change --model or --embed-model, or the base URL if you set one"
+        return f"the service has no such model (HTTP 404): {hint}", 2
     if isinstance(error, Failure):
         return str(error), 2
     line = " ".join(f"{error or type(error).__name__} {error.__cause__ or ''}".split())
@@ -552,7 +573,8 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
     for n, hit in enumerate(hits, 1):
         page = f", p. {hit.chunk.page}" if hit.chunk.page else ""
         text = hit.chunk.text if whole or n == 1 else textwrap.shorten(hit.chunk.text, 160)
-        print(printable(f"  [{n}] {hit.score:.2f}  {hit.chunk.source}{page}"))
+        source = " ".join(hit.chunk.source.split())  # a file's name may have line breaks
+        print(printable(f"  [{n}] {hit.score:.2f}  {source}{page}"))
         text = textwrap.fill(printable(text), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         print(text, flush=True)
 
@@ -690,6 +712,8 @@ def main(argv: list[str] | None = None) -> int:
         check_backend(args)
         start = clock()
         index = load_index(args) if not args.docs else None
+        if args.question and args.index and not (args.docs or index):
+            raise Failure(f"{args.index} holds no index yet: name what to index with --docs")
         samples = [Document(text, "sample") for text in SAMPLES]
         documents = load_documents(args.docs) if args.docs else [] if index else samples
         count_tokens, max_tokens = token_counter(args.embed_model)
@@ -724,4 +748,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or a pipe without all of Unicode
     sys.exit(main())

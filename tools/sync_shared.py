@@ -47,7 +47,6 @@ GROUPS = [
                 "Hit",
                 "Answer",
                 "read_pages",
-                "is_hidden",
             ),
             *("load_documents", "split_text", "split_documents", "build_prompt"),
             *("parse_arguments", "require_key", "notice", "printable", "show_prompt"),
@@ -59,7 +58,7 @@ GROUPS = [
         (STREAMING, ASYNC),
         (
             *("EMBED_MODEL", "LLM_MODELS", "FAISS_FACTORY", "MAX_INPUTS, MAX_TOKENS"),
-            *("MAX_INPUT_TOKENS", "BLOCK", "client", "token_counter", "embed", "Index"),
+            *("MAX_INPUT_TOKENS", "TIMEOUT", "BLOCK", "client", "token_counter", "embed", "Index"),
             *("load_index", "build_index", "retrieve", "add_backend_arguments", "check_backend"),
         ),
     ),
