@@ -58,10 +58,11 @@ GROUPS = [
         (STREAMING, ASYNC),
         (
             *("EMBED_MODEL", "LLM_MODELS", "FAISS_FACTORY", "MAX_INPUTS, MAX_TOKENS"),
-            *("MAX_INPUT_TOKENS", "TIMEOUT", "BLOCK", "client", "token_counter", "embed", "Index"),
+            *("MAX_INPUT_TOKENS", "BLOCK", "client", "token_counter", "embed", "Index"),
             *("load_index", "build_index", "retrieve", "add_backend_arguments", "check_backend"),
         ),
     ),
+    Group(FAISS, (STREAMING, ASYNC, CHROMA), ("TIMEOUT",)),  # the hosted services
     Group(  # all-MiniLM-L6-v2 on this machine
         LOCAL,
         (CHROMA,),
