@@ -173,8 +173,9 @@ def load_documents(paths: list[str]) -> list[Document]:
     for path in map(Path, paths):
         if not path.exists():
             raise Failure(f"no such file or folder: {path}")
-        found, shut = [] if path.is_dir() else [path], lambda error: notice(f"left out: {error}")
-        for folder, subfolders, names in os.walk(path, onerror=shut):
+        found = [] if path.is_dir() else [path]
+        shut = lambda error: notice(f"left out: {error}")  # noqa: E731
+        for folder, subfolders, names in os.walk(path, onerror=shut) if not found else []:
             subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             found += [Path(folder, name) for name in sorted(names) if name[0] != "."]
         files |= dict.fromkeys(f for f in found if f == path or f.suffix.lower() in KINDS)
@@ -185,11 +186,12 @@ def load_documents(paths: list[str]) -> list[Document]:
         try:  # "replace": half characters in a text or a name can't be printed, sent or stored
             pages = [text.encode(errors="replace").decode() for text in read_pages(file)]
         except Exception as error:
-            notice(f"left out {json.dumps(str(file))}: {error or type(error).__name__}")
+            notice(f"left out {one_line(file)}: {error or type(error).__name__}")
             continue
-        if not "".join(pages).strip():
-            notice(f"left out {json.dumps(str(file))}: no text is in it (a scan needs OCR first)")
         name, is_pdf = os.fsencode(file).decode(errors="replace"), file.suffix.lower() == ".pdf"
+        if not "".join(pages).strip():
+            hint = " (a scan needs OCR first)" if is_pdf else ""
+            notice(f"left out {one_line(file)}: there is no text in it{hint}")
         numbered = [Document(text, name, n if is_pdf else None) for n, text in enumerate(pages, 1)]
         documents += [document for document in numbered if document.text.strip()]
     if not documents:
@@ -271,6 +273,8 @@ def load_embedder(embed_model: str, precision: str) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if sys.stderr.isatty():
+        notice(f"loading {embed_model}")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
     path = embed_model
     if embed_model.removeprefix("sentence-transformers/") == "all-MiniLM-L6-v2":
@@ -616,8 +620,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("question", nargs="*", help="left out: the demonstration's questions")
-    add("--docs", action="append", metavar="PATH", help="a file or a folder; may be given again")
-    add("--index", type=Path, metavar="DIR", help="keep the index; alone: ask the kept one")
+    add("--docs", action="append", metavar="PATH", help="a file or folder to answer from; give all")
+    add("--index", type=Path, metavar="DIR", help="keep the index of --docs; alone: ask it")
     add("--top-k", type=int, default=TOP_K, metavar="N", help="passages a question (%(default)s)")
     add("--model", metavar="NAME", help="the LLM")
     add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
@@ -661,6 +665,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
 
 
+def one_line(text: object) -> str:
+    """Fold white space: a file's name may have line breaks."""
+    return " ".join(str(text).split())
+
+
 def show_prompt(request: dict[str, Any], args: argparse.Namespace) -> None:
     """With --show-prompt, show a request as it is sent."""
     if args.show_prompt:
@@ -693,7 +702,9 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"the service has no such model (HTTP 404): {hint}", 2
     if isinstance(error, Failure):
         return str(error), 2
-    line = " ".join(f"{error or type(error).__name__} {error.__cause__ or ''}".split())
+    request = getattr(error, "request", None)
+    asked = f"(asked: {request.url})" if request else ""
+    line = one_line(f"{error or type(error).__name__} {error.__cause__ or ''} {asked}")
     if isinstance(error, (AttributeError, TypeError, LookupError, ValueError, AssertionError)):
         line = f"a service's reply has another format than its API's, is its URL right? ({line})"
     if isinstance(error, TimeoutError):  # FileLock's
@@ -708,8 +719,7 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
     for n, hit in enumerate(hits, 1):
         page = f", p. {hit.chunk.page}" if hit.chunk.page else ""
         text = hit.chunk.text if whole or n == 1 else textwrap.shorten(hit.chunk.text, 160)
-        source = " ".join(hit.chunk.source.split())  # a file's name may have line breaks
-        print(printable(f"  [{n}] {hit.score:.2f}  {source}{page}"))
+        print(printable(f"  [{n}] {hit.score:.2f}  {one_line(hit.chunk.source)}{page}"))
         text = textwrap.fill(printable(text), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         print(text, flush=True)
 

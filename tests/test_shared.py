@@ -231,7 +231,7 @@ def test_the_docstring_of_a_script_shows_three_commands_that_exist(script):
 def test_a_script_has_the_shebang_the_guard_and_short_lines(script):
     text = (ROOT / script).read_text("utf-8")
     assert text.startswith("#!/usr/bin/env -S uv run --script\n# /// script\n")
-    assert text.endswith('\n\nif __name__ == "__main__":\n    sys.exit(main())\n')
+    assert text.endswith("    sys.exit(main())\n")
     assert [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 100] == []
     assert os.access(ROOT / script, os.X_OK)
 

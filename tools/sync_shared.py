@@ -49,7 +49,7 @@ GROUPS = [
                 "read_pages",
             ),
             *("load_documents", "split_text", "split_documents", "build_prompt"),
-            *("parse_arguments", "require_key", "notice", "printable", "show_prompt"),
+            *("parse_arguments", "require_key", "notice", "printable", "one_line", "show_prompt"),
             *("check_answer", "explain", "print_hits", "answer_question", "main"),
         ),
     ),
