@@ -322,7 +322,7 @@ def load_index(args: argparse.Namespace) -> Index | None:
         vectors = faiss.read_index(str(folder / manifest["file"]))
         if (vectors.ntotal, vectors.d) != (len(chunks), manifest["dimension"]):
             raise ValueError("its vectors are not as many as its chunks")
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:
         raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
     return Index(chunks, vectors, manifest["file"])
 
