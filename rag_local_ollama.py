@@ -375,7 +375,7 @@ def load_index(args: argparse.Namespace) -> Index | None:
         vectors = load_file(folder / manifest["file"])["vectors"]
         if vectors.shape != (len(chunks), manifest["dimension"]):
             raise ValueError("its vectors are not those of its chunks")
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, SafetensorError, FileNotFoundError) as error:
         raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
     return Index(chunks, vectors, manifest["precision"], manifest["file"])
 
