@@ -487,7 +487,8 @@ def generate(
             "reasoning_effort": "none",
             "messages": [system, user],
         }
-    show_prompt({"model": args.model} | request, args)
+    shown = {"model": args.model} | request
+    show_prompt(shown | shown.pop("extra_body", {}), args)
     llm = embedded_llm(args.gguf)[1] if embedded else ollama()
     completion = llm.chat.completions.create(model=args.model, **request)
     choice, used = completion.choices[0], completion.usage
