@@ -504,11 +504,20 @@ def ollama() -> Any:
     """Ollama's OpenAI-compatible API, at OLLAMA_HOST (host, host:port or URL) or 127.0.0.1."""
     import openai
 
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1"
-    url = urlsplit(host if "//" in host else f"//{host}", scheme="http")
-    name = url.hostname if url.hostname not in (None, "0.0.0.0") else "127.0.0.1"
-    port = url.port or (11434 if "//" not in host else {"http": 80, "https": 443}[url.scheme])
-    return openai.OpenAI(base_url=f"{url.scheme}://{name}:{port}/v1", api_key="ollama")
+    host = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1"
+    try:
+        url = urlsplit(host if "//" in host else f"//{host}", scheme="http")
+        port = url.port or (11434 if "//" not in host else {"http": 80, "https": 443}[url.scheme])
+        if url.scheme not in ("http", "https"):
+            raise ValueError(url.scheme)
+    except (ValueError, KeyError) as error:
+        raise Failure(f"OLLAMA_HOST is no host, host:port or URL: {host}") from error
+    name = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.hostname, url.hostname)
+    direct = None  # loopback is never behind a proxy
+    if name in ("127.0.0.1", "::1", "localhost"):
+        direct = openai.DefaultHttpxClient(trust_env=False)
+    base = f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path.rstrip('/')}/v1"
+    return openai.OpenAI(base_url=base, api_key="ollama", http_client=direct)
 
 
 @functools.cache
