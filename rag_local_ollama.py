@@ -383,7 +383,7 @@ def load_index(args: argparse.Namespace) -> Index | None:
                 raise ValueError("its vectors have changed")
         vectors = load_file(folder / manifest["file"])["vectors"]
         if vectors.shape != (len(chunks), manifest["dimension"]):
-            raise ValueError("its vectors are not as many as its chunks")
+            raise ValueError("its vectors are not those of its chunks")
     except (ValueError, TypeError, KeyError, SafetensorError, FileNotFoundError) as error:
         raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
     return Index(chunks, vectors, manifest["precision"], manifest["file"])
@@ -525,15 +525,16 @@ def ollama() -> Any:
     try:
         url = urlsplit(host if "//" in host else f"//{host}", scheme="http")
         port = url.port or (11434 if "//" not in host else {"http": 80, "https": 443}[url.scheme])
+        if url.scheme not in ("http", "https"):
+            raise ValueError(url.scheme)
     except (ValueError, KeyError) as error:
-        raise Failure(f"OLLAMA_HOST={host} is no host, host:port or http://host:port") from error
-    name = url.hostname if url.hostname not in (None, "0.0.0.0") else "127.0.0.1"
-    here = name in ("127.0.0.1", "localhost", "::1")  # and so not behind a proxy
-    return openai.OpenAI(
-        base_url=f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}/v1",
-        api_key="ollama",
-        http_client=openai.DefaultHttpxClient(trust_env=not here),
-    )
+        raise Failure(f"OLLAMA_HOST is no host, host:port or URL: {host}") from error
+    name = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.hostname, url.hostname)
+    direct = None  # loopback is never behind a proxy
+    if name in ("127.0.0.1", "::1", "localhost"):
+        direct = openai.DefaultHttpxClient(trust_env=False)
+    base = f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path.rstrip('/')}/v1"
+    return openai.OpenAI(base_url=base, api_key="ollama", http_client=direct)
 
 
 @functools.cache
