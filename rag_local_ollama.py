@@ -511,7 +511,8 @@ def generate(
     choice, used = completion.choices[0], completion.usage
     text = re.sub(r"(?s)^\s*<think>.*?</think>", "", choice.message.content or "")
     usage = (used.prompt_tokens, used.completion_tokens) if used else None
-    if embedded:  # its prompt is another one, and its answers end where they are cut
+    if embedded:  # its prompt is another one, and its answers mostly end where they are cut
+        text = text.rpartition(" ")[0] if choice.finish_reason == "length" else text
         return check_answer(f"{text} [1]" if text else "", None, usage, "")
     return check_answer(text, choice.finish_reason, usage, prompt)
 
@@ -549,21 +550,23 @@ def embedded_llm(gguf: str) -> tuple[Any, Any]:
     params.n_predict = EMBEDDED_MAX_TOKENS
     params.n_batch = 128  # prompt tokens at a stretch: Ctrl-C waits for one stretch
     # Half the cores: a thread that waits for a busy core makes all the others wait.
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(
-        1, (os.cpu_count() or 2) // 2
-    )
+    threads = max(1, (os.cpu_count() or 2) // 2)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_ram_mib = 0  # old prompts are not kept, in 8 GB by default
     params.verbosity = -1
     params.ui = params.endpoint_slots = False  # only the API
     params.cors_origins = "http://127.0.0.1"  # by default any web page could ask this server
     try:
         server = Server(params)
+        direct = openai.DefaultHttpxClient(trust_env=False)  # loopback is never behind a proxy
+        url = f"{server.listening_address}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=5, http_client=direct)
+        client.get("/health", cast_to=object)  # asked again while the model is still loading
     except RuntimeError as error:
         raise Failure(f"llama.cpp can't load {gguf}: name another file with --gguf") from error
-    direct = openai.DefaultHttpxClient(trust_env=False)  # loopback is never behind a proxy
-    url = f"{server.listening_address}/v1"
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=5, http_client=direct)
-    client.get("/health", cast_to=object)  # asked again while the model is still loading
+    except KeyboardInterrupt:
+        time.sleep(1)  # a server that is destroyed as soon as it is made hangs for good
+        raise
     return server, client
 
 

@@ -1,6 +1,6 @@
 """rag_local_ollama.py with the real embedder and the real embedded LLM; Ollama is the fake one."""
 
-# ruff: noqa: D103, RUF001 - the names of the tests are their docstrings
+# ruff: noqa: D103 - the names of the tests are their docstrings
 
 import json
 import os
@@ -771,8 +771,8 @@ def test_the_index_of_another_embedder_or_kind_is_refused(
     for more in ([], ["--docs", notes]):
         code, out, err = ask("--index", kept, *more, "--retrieve-only", "x")
         assert (code, out, one_line(err)) == (2, "", True)
-        assert f"was made with {kind} and {embed_model}, not all-MiniLM-L6-v2" in err
-        assert f"--embed-model {embed_model}" in err
+        assert f"was made with {kind} and {embed_model}: " in err
+        assert ("--embed-model" in err) == (kind == "torch")  # another kind stays another kind
     assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
 
 
@@ -784,7 +784,7 @@ def test_an_embedder_that_now_makes_other_vectors_is_refused(ask, notes, tmp_pat
     manifest = json.loads((kept / "manifest.json").read_text())
     assert manifest["embed_model"] == str(model)
     code, _, err = ask("--index", kept, "--retrieve-only", "praised")
-    assert (code, f"was made with torch and {model}, not all-MiniLM-L6-v2" in err) == (2, True)
+    assert (code, f"was made with torch and {model}: " in err) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["diary.txt", "manifest.json", "model.safetensors"])
@@ -876,13 +876,13 @@ def test_a_terminal_sees_no_bar_and_no_warning_of_a_library(nursery):
     except OSError:  # the terminal's other end is closed
         pass
     os.close(main)
-    assert seen == b"index: 5 chunks added, 0 reused, 0 removed\r\n"
+    assert (
+        seen.removeprefix(b"loading all-MiniLM-L6-v2\r\n")
+        == b"index: 5 chunks added, 0 reused, 0 removed\r\n"
+    )
 
 
-LOADING = pytest.mark.xfail(reason="hangs where Ctrl-C comes while llama.cpp is being loaded")
-
-
-@pytest.mark.parametrize("prompts", [pytest.param(1, marks=LOADING), 3])
+@pytest.mark.parametrize("prompts", [1, 3])  # the first shows while llama.cpp is being loaded
 def test_ctrl_c_while_the_embedded_llm_answers_ends_at_once(nursery, prompts):
     questions = [f"{QUESTION[:-1]} number {n}?" for n in range(60)]
     process = nursery.start("--llm", "embedded", "--show-prompt", *questions)
