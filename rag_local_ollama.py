@@ -491,23 +491,16 @@ def generate(
     embedded, prompt = args.llm == "embedded", build_prompt(question, hits)
     if embedded and hits[0].score < EMBEDDED_MIN_SCORE:
         return REFUSAL, None
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
+    # A model that thinks first (qwen3) would take minutes over what a passage simply says.
+    request: dict[str, Any] = {"reasoning_effort": "none", "max_tokens": MAX_ANSWER_TOKENS}
+    request |= {"messages": messages}
     if embedded:
         request = embedded_request(question, hits[0].chunk.text)
-    else:
-        system, user = (
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": prompt},
-        )
-        # A model that thinks first (qwen3) would take minutes over what a passage simply says.
-        request = {
-            "max_tokens": MAX_ANSWER_TOKENS,
-            "reasoning_effort": "none",
-            "messages": [system, user],
-        }
-    shown = {"model": args.model} | request
-    show_prompt(shown | shown.pop("extra_body", {}), args)
+    show_prompt({"model": args.model} | request, args)
     llm = embedded_llm(args.gguf)[1] if embedded else ollama()
-    completion = llm.chat.completions.create(model=args.model, **request)
+    extra = {"grammar": request.pop("grammar")} if embedded else {}  # not known to the SDK
+    completion = llm.chat.completions.create(model=args.model, **request, extra_body=extra)
     choice, used = completion.choices[0], completion.usage
     text = re.sub(r"(?s)^\s*<think>.*?</think>", "", choice.message.content or "")
     usage = (used.prompt_tokens, used.completion_tokens) if used else None
@@ -530,7 +523,8 @@ def ollama() -> Any:
             raise ValueError(url.scheme)
     except (ValueError, KeyError) as error:
         raise Failure(f"OLLAMA_HOST is no host, host:port or URL: {host}") from error
-    name = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.hostname, url.hostname)
+    name = url.hostname or "127.0.0.1"
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     direct = None  # loopback is never behind a proxy
     if name in ("127.0.0.1", "::1", "localhost"):
         direct = openai.DefaultHttpxClient(trust_env=False)
@@ -588,7 +582,7 @@ def embedded_request(question: str, passage: str) -> dict[str, Any]:
     quoted = {json.dumps(word, ensure_ascii=False) for word in words if word and word.isprintable()}
     grammar = f'root ::= word (" " word)* "."?\nword ::= {" | ".join(sorted(quoted))}'
     limits = {"temperature": 0, "max_tokens": EMBEDDED_MAX_TOKENS, "messages": messages[:-1]}
-    return limits | {"extra_body": {"grammar": grammar}}
+    return limits | {"grammar": grammar}
 
 
 def add_backend_arguments(add: Callable[..., Any]) -> None:
