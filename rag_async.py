@@ -21,7 +21,7 @@ With --out each answer is written as soon as it is there, and the same command g
 stopped: finished questions are not asked again, failed ones are. A change in --docs is not noticed
 there: take another --out for it.
 
-Needs OPENAI_API_KEY and 60 MB of packages at first. The demonstration costs about a cent, a
+Needs OPENAI_API_KEY and 50 MB of packages at first. The demonstration costs about a cent, a
 thousand questions some three dollars. OPENAI_BASE_URL takes any server that speaks OpenAI's format.
 Left out: Claude (rag_faiss_openai.py), tokens as they come (rag_streaming.py), a local embedder
 (rag_chroma_claude.py), running without a key (rag_local_ollama.py).

@@ -25,7 +25,7 @@ nearest to a question, build a prompt from them, and let the LLM generate the an
     uv run rag_chroma_claude.py --docs notes/ "What did we decide?"
     uv run rag_chroma_claude.py --docs notes/ --index .rag      # later runs embed what has changed
 
-Needs ANTHROPIC_API_KEY and 0.5 GB of packages at first, the embedder among them (on Linux 3.2 GB:
+Needs ANTHROPIC_API_KEY and 0.45 GB of packages at first, the embedder among them (on Linux 3.2 GB:
 the first lines of the file say how to take less). It embeds here, so only questions and passages
 leave the machine. The demonstration costs about a cent. --chroma-url keeps the index on a server.
 Left out: tokens as they come (rag_streaming.py), many questions at once (rag_async.py), an index

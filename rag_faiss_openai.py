@@ -17,7 +17,7 @@ nearest to a question, build a prompt from them, and let the LLM generate the an
     uv run rag_faiss_openai.py --docs notes/ "What did we decide?"
     uv run rag_faiss_openai.py --docs notes/ --index .rag       # later runs embed what has changed
 
-Needs OPENAI_API_KEY (with --llm claude ANTHROPIC_API_KEY too) and 60 MB of packages at first. The
+Needs OPENAI_API_KEY (with --llm claude ANTHROPIC_API_KEY too) and 55 MB of packages at first. The
 demonstration costs about a cent. OPENAI_BASE_URL takes any server that speaks OpenAI's format.
 Left out: tokens as they come (rag_streaming.py), many questions at once (rag_async.py), a local
 embedder (rag_chroma_claude.py), running without a key (rag_local_ollama.py).

@@ -18,7 +18,7 @@ chat on a terminal, where an LLM first makes "and when is that?" a question that
     uv run rag_streaming.py --docs notes/ --llm claude "What did we decide?"
     uv run rag_streaming.py --docs notes/ < questions.txt       # one question a line
 
-Needs OPENAI_API_KEY (with --llm claude ANTHROPIC_API_KEY too) and 60 MB of packages at first. A
+Needs OPENAI_API_KEY (with --llm claude ANTHROPIC_API_KEY too) and 55 MB of packages at first. A
 question costs about half a cent; in a chat a bit more, for what was said before is sent too. With
 nothing on stdin (< /dev/null) the built-in questions are asked. Left out: answers in one piece
 (rag_faiss_openai.py), many questions at once (rag_async.py).
