@@ -54,6 +54,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -550,18 +551,22 @@ def embedded_llm(gguf: str) -> tuple[Any, Any]:
     params.verbosity = -1
     params.ui = params.endpoint_slots = False  # only the API
     params.cors_origins = "http://127.0.0.1"  # by default any web page could ask this server
-    try:
+
+    def start() -> tuple[Any, Any]:
         server = Server(params)
         direct = openai.DefaultHttpxClient(trust_env=False)  # loopback is never behind a proxy
         url = f"{server.listening_address}/v1"
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=5, http_client=direct)
         client.get("/health", cast_to=object)  # asked again while the model is still loading
+        return server, client
+
+    try:
+        # Ctrl-C does not interrupt a thread: a server that is destroyed as soon as it is made
+        # hangs for good.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(start).result()
     except RuntimeError as error:
         raise Failure(f"llama.cpp can't load {gguf}: name another file with --gguf") from error
-    except KeyboardInterrupt:
-        time.sleep(1)  # a server that is destroyed as soon as it is made hangs for good
-        raise
-    return server, client
 
 
 def embedded_request(question: str, passage: str) -> dict[str, Any]:
