@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SELF = "tools/sync_shared.py"
 FIX = f"uv run {SELF} --fix"
 FAISS, LOCAL, CHROMA = "rag_faiss_openai.py", "rag_local_ollama.py", "rag_chroma_claude.py"
-STREAMING, ASYNC = "rag_streaming.py", "rag_async.py"
+STREAMING, ASYNC, HYBRID = "rag_streaming.py", "rag_async.py", "rag_hybrid_fastapi.py"
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,22 @@ GROUPS = [
             *("load_index", "build_index", "retrieve", "add_backend_arguments", "check_backend"),
         ),
     ),
-    Group(FAISS, (STREAMING, ASYNC, CHROMA), ("TIMEOUT",)),  # the hosted services
+    Group(FAISS, (STREAMING, ASYNC, CHROMA, HYBRID), ("TIMEOUT",)),  # the hosted services
     Group(  # all-MiniLM-L6-v2 on this machine
         LOCAL,
-        (CHROMA,),
+        (CHROMA, HYBRID),
         ("packaged", "load_embedder", "native_precision", "token_counter", "embed"),
     ),
+    Group(  # Ollama, and the embedded LLM
+        LOCAL,
+        (HYBRID,),
+        (
+            *("GGUF", "EMBEDDED_MAX_TOKENS", "EMBEDDED_MIN_SCORE", "SMALL_SYSTEM_PROMPT"),
+            *("SMALL_EXAMPLES", "FUNCTION_WORDS", "ollama", "embedded_llm", "embedded_request"),
+        ),
+    ),
+    Group(STREAMING, (HYBRID,), ("REWRITE_PROMPT",)),
+    Group(CHROMA, (HYBRID,), ("FOREVER", "EMBED_MODEL")),
 ]
 
 # What is meant to differ, and why. One that is equal after all is a difference: take it out.
@@ -84,6 +94,15 @@ EXCEPTIONS = {
         "retrieve": "it looks up many questions at once",
         "add_backend_arguments": "it has options for files of questions and for concurrency",
         "check_backend": "it reads the file of questions",
+    },
+    HYBRID: {
+        "main": "it serves an API, or runs an event loop around the questions",
+        "answer_question": "a coroutine, that prints what the API would send",
+        "Chunk": "it knows its heading and its place in the document",
+        "split_documents": "there are three ways to split",
+        "split_text": "there are three ways to split",
+        "CHUNK_CHARACTERS": "its chunks are measured in tokens",
+        "build_prompt": "headings stand in it",
     },
 }
 
