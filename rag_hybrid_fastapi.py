@@ -372,6 +372,29 @@ def split_semantic(
 CHUNKERS = {"recursive": split_recursive, "fixed": split_fixed, "semantic": split_semantic}
 
 
+def split_document(
+    document: Document, origin: str, args: argparse.Namespace, uploaded: bool
+) -> list[Chunk]:
+    """Split one document, section by section, into chunks without white space at their ends."""
+    text, chunks = document.text, []
+    begins, limit = token_starts(text, args.embed_model)
+
+    def count(span: Span) -> int:
+        return bisect_left(begins, span[1]) - bisect_left(begins, span[0])
+
+    def embed_texts(texts: list[str]) -> Any:
+        return embed_now(texts, args)
+
+    rules = (min(args.chunk_tokens, limit), args.chunk_overlap, count, embed_texts)
+    for section, heading in sections(document):
+        for start, end in CHUNKERS[args.chunker](text, section, *rules):
+            start += len(text[start:end]) - len(text[start:end].lstrip())
+            passage = text[start:end].rstrip()
+            place = (heading, start, start + len(passage), origin, uploaded)
+            chunks.append(Chunk(passage, document.source, document.page, *place))
+    return chunks
+
+
 def split_documents(
     documents: list[Document], kept: list[Chunk], args: argparse.Namespace, uploaded: bool = False
 ) -> list[Chunk]:
@@ -380,8 +403,7 @@ def split_documents(
     A document that `kept` has with the same text, split in the same way, keeps its chunks: only
     what is new is read by the tokenizer.
     """
-    size, overlap = args.chunk_tokens, args.chunk_overlap
-    how = f"{args.chunker} {size} {overlap} {args.embed_model}"
+    how = f"{args.chunker} {args.chunk_tokens} {args.chunk_overlap} {args.embed_model}"
     same: dict[tuple[str, str, int | None, bool], list[Chunk]] = {}
     for chunk in kept:
         same.setdefault((chunk.origin, chunk.source, chunk.page, chunk.uploaded), []).append(chunk)
@@ -392,16 +414,7 @@ def split_documents(
         if found := same.get((origin, source, page, uploaded)):
             chunks += found
             continue
-        begins, limit = token_starts(text, args.embed_model)
-        count = lambda span: bisect_left(begins, span[1]) - bisect_left(begins, span[0])  # noqa: B023,E731
-        embed_texts = lambda texts: embed_now(texts, args)  # noqa: E731
-        for section, heading in sections(document):
-            split = CHUNKERS[args.chunker]
-            for start, end in split(text, section, min(size, limit), overlap, count, embed_texts):
-                start += len(text[start:end]) - len(text[start:end].lstrip())
-                passage = text[start:end].rstrip()
-                place = (heading, start, start + len(passage), origin, uploaded)
-                chunks.append(Chunk(passage, source, page, *place))
+        chunks += split_document(document, origin, args, uploaded)
     return chunks
 
 
