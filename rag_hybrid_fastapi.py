@@ -1972,7 +1972,7 @@ PAGE = r"""<!doctype html>
 <title>RAG: ask your documents</title>
 <link rel="icon" href="data:,"> <!-- else the browser asks for /favicon.ico -->
 <style nonce="{{NONCE}}">
-/* Each colour is given twice, light and dark; color-scheme (below) says which one counts. */
+/* Each colour is given twice, light and dark: color-scheme says which of the two counts. */
 :root {
   color-scheme: light dark;
   --page: light-dark(#f7f6f3, #16181c);   --card: light-dark(#ffffff, #1f2228);
@@ -1981,79 +1981,65 @@ PAGE = r"""<!doctype html>
   --accent: light-dark(#1d5a9e, #8ab8f0); --on-accent: light-dark(#ffffff, #10151c);
   --soft: light-dark(#e6edf6, #28323f);   --bad: light-dark(#a1242b, #ff9d9d);
 }
-:root[data-look="light"] { color-scheme: light; }
-:root[data-look="dark"] { color-scheme: dark; }
+:root[data-look="Light"] { color-scheme: light; }
+:root[data-look="Dark"] { color-scheme: dark; }
 * { box-sizing: border-box; }
-[hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body {
   display: grid; grid-template: auto minmax(0, 1fr) / minmax(0, 1fr); height: 100dvh; margin: 0;
   background: var(--page); color: var(--text); font: 1rem/1.55 system-ui, sans-serif;
   overflow-wrap: anywhere;
 }
-h1, h2, h3, p { margin: 0; }
-h1, h2 { font-size: 1.05rem; }
-h3 { font-size: .9rem; margin: 1.2rem 0 .3rem; }
+h1, h2, p { margin: 0; font-size: 1rem; }
+h3 { margin: 1.2rem 0 .3rem; font-size: .9rem; }
 .muted { color: var(--muted); font-size: .85rem; }
 .error { color: var(--bad); }
-
 button, ::file-selector-button {
-  font: inherit; font-size: .9rem; padding: .3rem .7rem; border-radius: .5rem; cursor: pointer;
-  border: 1px solid var(--line); background: var(--card); color: var(--text);
+  padding: .3rem .7rem; border: 1px solid var(--line); border-radius: .5rem; cursor: pointer;
+  background: var(--card); color: var(--text); font: inherit; font-size: .9rem;
 }
-button:hover, ::file-selector-button:hover { border-color: var(--accent); }
+button:hover { border-color: var(--accent); }
 button:disabled { opacity: .55; cursor: default; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.main { background: var(--accent); color: var(--on-accent); }
 input, textarea {
-  font: inherit; width: 100%; padding: .55rem .75rem; border: 1px solid var(--edge);
-  border-radius: .6rem; background: var(--card); color: var(--text);
+  width: 100%; padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .6rem;
+  background: var(--card); color: var(--text); font: inherit;
 }
-input[type="file"] { border-style: dashed; }
-
-body > header { padding: .6rem 1rem; border-bottom: 1px solid var(--line); }
-.column, #log > * { width: 100%; max-width: 46rem; margin-inline: auto; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; }
+.row { display: flex; align-items: center; gap: .4rem; }
 .row > :first-child { flex: 1; } /* takes the room that is left: the buttons go right */
+.column, #log > * { width: 100%; max-width: 46rem; margin-inline: auto; }
+body > header { padding: .6rem 1rem; border-bottom: 1px solid var(--line); }
 main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
 #log { overflow-y: auto; padding: 1.2rem 1rem; }
 #empty { margin-top: 16vh; text-align: center; }
-#empty h2 { font-size: 1.5rem; }
 #composer { padding: 0 1rem .6rem; }
-#composer .row { align-items: end; flex-wrap: nowrap; }
 #query { resize: none; max-height: 35dvh; }
-#send { padding: .6rem 1rem; min-width: 4.6rem; }
+#send { padding: .6rem 1rem; min-width: 4.6rem; align-self: end; }
+#hint { margin-top: .3rem; }
 
 .turn { margin-bottom: 2rem; }
 .question {
   width: fit-content; max-width: 88%; margin: 0 0 1rem auto; padding: .5rem .9rem;
-  border-radius: 1rem 1rem .2rem 1rem; background: var(--soft);
-  font-size: 1rem; font-weight: normal; white-space: pre-wrap;
+  border-radius: 1rem 1rem .2rem 1rem; background: var(--soft); font-weight: normal;
 }
-.text.plain { white-space: pre-wrap; } /* until the first HTML has come */
-.text > :first-child { margin-top: 0; }
+.question, .plain, .passage { white-space: pre-wrap; }
 .text :is(p, ul, ol, pre, blockquote, .scroll) { margin: 0 0 .8rem; }
-.text :is(ul, ol) { padding-left: 1.5rem; }
-.text :is(h1, h2, h3, h4) { font-size: 1.1rem; margin: 1.2rem 0 .4rem; }
-.text blockquote { padding-left: .8rem; border-left: 3px solid var(--line); }
-.text a { color: var(--accent); }
-code { font: .875em ui-monospace, monospace; background: var(--soft); border-radius: .25rem; }
-pre { padding: .7rem .9rem; background: var(--soft); border-radius: .5rem; overflow-x: auto; }
-pre code { background: none; overflow-wrap: normal; }
-.scroll { overflow-x: auto; } /* a wide table scrolls in here, not the page */
+.text :is(ul, ol, blockquote) { padding-left: 1.5rem; }
+.text :is(h1, h2, h3, h4) { margin: 1.2rem 0 .4rem; font-size: 1.1rem; }
+a { color: var(--accent); }
+code { background: var(--soft); font: .875em ui-monospace, monospace; }
+pre { padding: .7rem .9rem; background: var(--soft); border-radius: .5rem; }
+pre, .scroll { overflow-x: auto; } /* wide code, a wide table: these scroll, not the page */
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: left; }
 td { vertical-align: top; }
-.cite {
-  font-size: .78em; line-height: 1.3; padding: 0 .3em; margin-inline: .1em; border: 0;
-  border-radius: .3em; background: var(--soft); color: var(--accent); font-weight: 600;
-}
-.cite:hover { background: var(--accent); color: var(--on-accent); }
+.text .cite { padding: 0 .2em; border: 0; background: var(--soft); color: var(--accent);
+  font-size: .8em; }
 .bad-cite { color: var(--bad); font-size: .8em; text-decoration: underline wavy; }
-.refused .text { color: var(--muted); padding-left: .9rem; border-left: 3px solid var(--edge); }
-.below { margin-top: .7rem; }
-.below .row > :first-child { flex: none; }
-.below button { font-size: .8rem; padding: .15rem .6rem; border-radius: 1rem; text-align: left; }
-.found { border-style: dashed; }
+.refused .text { padding-left: .9rem; border-left: 3px solid var(--edge); color: var(--muted); }
+.chips { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .7rem; }
+.chips button { padding: .15rem .6rem; border-radius: 1rem; font-size: .8rem; text-align: left; }
+.chips .found { border-style: dashed; }
 
 dialog {
   width: min(34rem, 100% - 1.5rem); padding: 1rem 1.2rem; border: 1px solid var(--line);
@@ -2067,37 +2053,36 @@ dialog::backdrop { background: #0007; }
    phone it is a sheet at the bottom; on a wide screen a column for which the page makes room. */
 #drawer {
   position: fixed; inset: auto 0 0; z-index: 2; width: 100%; max-width: none; margin: 0;
-  max-height: 65dvh; overflow-y: auto; padding-top: 0; border-radius: .8rem .8rem 0 0;
-  box-shadow: 0 0 1.5rem #0004;
+  max-height: 65dvh; overflow-y: auto; padding-top: 0; box-shadow: 0 0 1.5rem #0004;
 }
-#drawer .row:first-child {
-  position: sticky; top: 0; padding: .8rem 0 .6rem; flex-wrap: nowrap; background: var(--card);
-}
+#drawer > .row { position: sticky; top: 0; padding: .8rem 0; background: var(--card); }
+#drawer td > div { min-width: 13rem; overflow-wrap: anywhere; }
 @media (min-width: 60rem) {
   #drawer { inset: 0 0 0 auto; width: 42vw; height: 100dvh; max-height: none; border-radius: 0; }
   body:has(#drawer[open]) { padding-right: 42vw; }
 }
-.passage { margin-top: .8rem; white-space: pre-wrap; }
-#drawer td:nth-child(2) { min-width: 13rem; overflow-wrap: anywhere; }
+@media (max-width: 30rem) {
+  header .row { flex-wrap: wrap; }
+  header .row > :first-child { flex-basis: 100%; }
+  #hint { display: none; }
+}
 #drop {
-  inset: 0; width: auto; height: auto; margin: 1rem; padding: 35vh 1rem 0; text-align: center;
-  border: 3px dashed var(--accent); border-radius: 1rem; pointer-events: none;
-  background: color-mix(in srgb, var(--page) 90%, transparent); color: var(--text);
+  inset: 0; width: auto; height: auto; margin: 1rem; padding-top: 35vh; text-align: center;
+  border: 3px dashed var(--accent); border-radius: 1rem; pointer-events: none; opacity: .93;
 }
 @media (prefers-reduced-motion: no-preference) {
   [aria-busy="true"] .state { animation: breathe 1.6s ease-in-out infinite alternate; }
-  @keyframes breathe { from { opacity: 1; } to { opacity: .45; } }
+  @keyframes breathe { to { opacity: .6; } }
 }
-@media (max-width: 30rem) { #hint { display: none; } }
 </style>
 </head>
 <body>
 <header>
   <div class="column row">
-    <div><h1>RAG</h1><p id="status" class="muted" role="status">loading the index</p></div>
+    <div><h1>RAG</h1><p id="status" class="muted" role="status">loading the index ...</p></div>
     <button id="open-docs">Documents</button>
     <button id="new-chat">New chat</button>
-    <button id="look">Dark</button>
+    <button id="look"></button>
   </div>
 </header>
 <main>
@@ -2117,21 +2102,18 @@ dialog::backdrop { background: #0007; }
     <p id="hint" class="column muted">Enter asks, Shift+Enter breaks the line, Esc stops.</p>
   </form>
 </main>
-
 <template id="turn">
   <article class="turn" aria-busy="true">
     <h2 class="question"></h2>
     <div class="text plain"></div>
     <p class="state muted">Searching the documents ...</p>
-    <div class="below"><div class="row"></div></div>
+    <div class="chips"></div>
   </article>
 </template>
-
 <dialog id="drawer" aria-labelledby="drawer-title">
   <div class="row"><h2 id="drawer-title"></h2><button id="drawer-close">Close</button></div>
   <div id="drawer-body"></div>
 </dialog>
-
 <dialog id="docs" aria-labelledby="docs-title">
   <div class="row"><h2 id="docs-title">Documents</h2><button id="docs-close">Close</button></div>
   <ul id="doc-list"></ul>
@@ -2139,15 +2121,14 @@ dialog::backdrop { background: #0007; }
   <input id="file" type="file" multiple accept=".txt,.md,.rst,.html,.pdf,.docx">
   <div id="doc-status" role="status" aria-live="polite"></div>
 </dialog>
-
 <dialog id="key" aria-labelledby="key-title">
-  <form id="key-form">
+  <form id="key-form" method="dialog">
     <h2 id="key-title">This server asks for a key</h2>
     <p id="key-error" class="error" role="alert"></p>
     <label for="key-field">Key (kept until this tab is closed)</label>
     <input id="key-field" type="password" required pattern="[!-~]+" autocomplete="off">
-    <div class="row"><button class="main">Use this key</button>
-      <button id="key-cancel" type="button">Cancel</button></div>
+    <button class="main" value="given">Use this key</button>
+    <button id="key-cancel" formnovalidate>Cancel</button>
   </form>
 </dialog>
 <div id="drop" popover="manual"><h2>Drop the file to add it to the documents</h2></div>
@@ -2170,8 +2151,7 @@ async function api(path, options = {}) {
   while (true) {
     const key = sessionStorage.getItem("rag-key");
     const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-    const response = await fetch(path, { ...options, headers }).catch((error) => {
-      if (error.name === "AbortError") throw error;
+    const response = await fetch(path, { ...options, headers }).catch(() => {
       throw new Error("The server cannot be reached.");
     });
     if (response.status !== 401) return response;
@@ -2188,28 +2168,22 @@ function askForKey(refused) {
     $("key").showModal();
     $("key").onclose = () => {
       keyRequest = null;
-      if ($("key").returnValue === "given") resolve();
-      else reject(new Error("This server asks for a key."));
+      if ($("key").returnValue !== "given") reject(new Error("This server asks for a key."));
+      else resolve(sessionStorage.setItem("rag-key", $("key-field").value));
+      $("key-form").reset();
     };
   });
   return keyRequest;
 }
-$("key-form").onsubmit = (event) => {
-  event.preventDefault();
-  sessionStorage.setItem("rag-key", $("key-field").value);
-  $("key-form").reset();
-  $("key").close("given");
-};
-$("key-cancel").onclick = () => $("key").close();
 
-// The answer of the server, or an Error with its words.
+// The JSON of a response; if it is an error, an Error with the words of the server.
 async function json(response) {
   const body = await response.json().catch(() => null);
   if (response.ok) return body;
-  const detail = body?.detail ?? `The server answered with status ${response.status}.`;
+  let detail = body?.detail ?? `The server answered with status ${response.status}.`;
+  if (Array.isArray(detail)) detail = detail.map((part) => part.msg).join("; ");
   const wait = response.headers.get("Retry-After");
-  throw new Error((Array.isArray(detail) ? detail.map((part) => part.msg).join("; ") : detail)
-    + (wait ? ` Try again in ${wait} s.` : ""));
+  throw new Error(wait ? `${detail} Try again in ${wait} s.` : detail);
 }
 
 // Server-sent events: lines "event: name" and "data: ...", and a blank line ends the event.
@@ -2217,7 +2191,7 @@ async function json(response) {
 // EventSource would do this for us, but it can neither POST nor send a key.
 async function* serverEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", name = "", data = [];
+  let rest = "", name = "", data = "";
   while (true) {
     const { value, done } = await reader.read();
     if (done) return;
@@ -2225,13 +2199,10 @@ async function* serverEvents(response) {
     rest = lines.pop();
     for (const line of lines.map((line) => line.replace(/\r$/, ""))) {
       if (line.startsWith("event:")) name = line.slice(6).trim();
-      else if (line.startsWith("data:")) data.push(line.slice(5));
-      else if (line === "") {
-        if (data.length) yield [name, JSON.parse(data.join("\n"))];
-        name = "";
-        data = [];
-      } // what is left are comments (": keep-alive"), sent to hold the connection open
-    }
+      if (line.startsWith("data:")) data += line.slice(5) + "\n";
+      if (line === "" && data) yield [name, JSON.parse(data)];
+      if (line === "") name = data = "";
+    } // other lines are comments (": keep-alive"), sent to hold the connection open
   }
 }
 
@@ -2250,14 +2221,13 @@ async function checkReady() {
 
 // ---- The chat ----
 
-let turns = [];     // what is sent along as the history: {question, answer}
+let turns = [];     // the history that goes with the next question: {question, answer}
 let running = null; // the AbortController of the answer that is being written
 
 function setRunning(controller) {
   running = controller;
   $("send").textContent = running ? "Stop" : "Ask";
 }
-
 // Makes a change to the log, and follows the end of it only if the reader was there already.
 function follow(change) {
   const log = $("log");
@@ -2267,39 +2237,34 @@ function follow(change) {
 }
 
 async function ask(question) {
-  const controller = new AbortController();
   const chat = turns; // "New chat" makes another array: a late answer does not get into it
   const history = chat.flatMap((turn) => [
-    { role: "user", content: turn.question },
-    { role: "assistant", content: turn.answer },
+    { role: "user", content: turn.question }, { role: "assistant", content: turn.answer },
   ]).slice(-8);
   const article = $("turn").content.cloneNode(true).firstElementChild;
-  const [text, state, below, row] = [".text", ".state", ".below", ".row"]
-    .map((selector) => article.querySelector(selector));
+  const [text, state, chips] = [".text", ".state", ".chips"].map((c) => article.querySelector(c));
   article.querySelector(".question").textContent = question;
   $("empty").hidden = true;
   $("log").append(article);
   $("log").scrollTop = $("log").scrollHeight;
+  const controller = new AbortController();
   setRunning(controller);
 
-  let answer = "", sources = [], trace = null, usage = null, finished = false;
+  let answer = "", sources = [], trace, usage, finished = false;
   const show = (html) => {
     if (html) {
-      text.classList.remove("plain");
+      text.className = "text";
       text.innerHTML = html; // the only innerHTML of the page: the server has sanitised it
       finishHtml(text, sources);
     } else if (text.matches(".plain")) text.textContent = answer;
   };
-  const handle = {
+  const handle = { // what to do with each kind of event
     sources(data) {
       ({ sources, trace } = data);
       state.textContent = `Reading ${sources.length} passages ...`;
-      row.append(...sources.map((source) => make("button", {
-        className: "chip", onclick: () => openPassage(source),
-      }, `[${source.n}] ${place(source)}`)));
-      row.append(make("button", {
-        className: "found", onclick: () => openTrace(trace, usage),
-      }, "How it was found"));
+      chips.append(...sources.map((source) => passageButton(source, "chip", place(source))));
+      const onclick = () => openTrace(trace, usage);
+      chips.append(make("button", { className: "found", onclick }, "How it was found"));
     },
     token(data) {
       answer += data.text;
@@ -2311,8 +2276,8 @@ async function ask(question) {
       finished = true;
       show(data.html);
       article.classList.toggle("refused", data.refused);
-      state.textContent = data.unknown_citations.length === 0 ? ""
-        : `No passage has the number ${data.unknown_citations.join(", ")}: do not rely on it.`;
+      const unknown = data.unknown_citations.join(", ");
+      state.textContent = unknown && `No passage has the number ${unknown}: do not rely on it.`;
     },
     error(data) { throw new Error(data.detail); },
   };
@@ -2326,20 +2291,24 @@ async function ask(question) {
     if (!response.ok) await json(response); // throws
     for await (const [name, data] of serverEvents(response)) follow(() => handle[name]?.(data));
     if (!finished) throw new Error("The answer broke off.");
-  } catch (error) {
+  } catch (error) { // what came is kept
     const stopped = controller.signal.aborted;
-    state.textContent = stopped ? "Stopped." : "";
-    follow(() => stopped || below.before(make("p", { className: "error" }, error.message)));
+    if (!stopped) state.className = "state error";
+    follow(() => { state.textContent = stopped ? "Stopped." : error.message; });
     finished = stopped && answer !== "";
   }
-  if (finished) chat.push({ question, answer: answer.replace(/ ?\[\d+\??\]/g, "") });
-  state.hidden = state.textContent === "";
+  const said = answer.replace(/ ?\[\d+\??\]/g, "").trim(); // numbers mean others in the next turn
+  if (finished && said) chat.push({ question, answer: said });
   article.ariaBusy = "false"; // only now does a screen reader read the answer out
   if (running === controller) setRunning(null);
 }
 
 function place(source) {
   return source.source + (source.page ? `, p. ${source.page}` : "");
+}
+function passageButton(source, className, label = "") {
+  const properties = { className, title: place(source), onclick: () => openPassage(source) };
+  return make("button", properties, `[${source.n}] ${label}`.trim());
 }
 
 // Turns [1] into a button that opens passage 1, and lets wide things scroll in themselves.
@@ -2351,23 +2320,23 @@ function finishHtml(root, sources) {
     if (node.parentElement.closest("code, pre, a")) continue;
     node.replaceWith(...node.data.split(/(\[\d+\??\])/).map((part) => {
       const source = sources.find(({ n }) => part === `[${n}]`);
-      if (source) {
-        return make("button", {
-          className: "cite", title: place(source), onclick: () => openPassage(source),
-        }, part);
-      }
+      if (source) return passageButton(source, "cite");
       if (!/^\[\d+\?\]$/.test(part)) return part;
       return make("span", { className: "bad-cite", title: "names no passage" }, part);
     }));
   }
   for (const table of root.querySelectorAll("table")) {
-    const box = make("div", { className: "scroll", tabIndex: 0, role: "region" });
-    box.ariaLabel = "Table";
+    const box = scrollBox("Table");
     table.replaceWith(box);
     box.append(table);
   }
-  for (const pre of root.querySelectorAll("pre")) pre.tabIndex = 0; // scrolls with the keys
+  for (const pre of root.querySelectorAll("pre")) pre.tabIndex = 0; // so that keys can scroll it
   for (const link of root.querySelectorAll("a")) link.target = "_blank"; // keeps the chat
+}
+
+function scrollBox(ariaLabel, ...children) {
+  const properties = { className: "scroll", tabIndex: 0, role: "region", ariaLabel };
+  return make("div", properties, ...children);
 }
 
 // ---- The drawer: one passage, or how the passages of an answer were found ----
@@ -2385,62 +2354,53 @@ function closeDrawer() {
   const inside = $("drawer").contains(document.activeElement);
   $("drawer").close();
   // A citation that was clicked while the answer grew has been made anew: then the field.
-  if (inside) (opener?.isConnected ? opener : $("query")).focus();
+  if (inside) (opener.isConnected ? opener : $("query")).focus();
 }
 $("drawer-close").onclick = closeDrawer;
 
 function openPassage(source) {
-  const facts = [source.heading, `score ${source.score}`, `characters ${source.start} to `
-    + source.end];
-  openDrawer(`[${source.n}] ${place(source)}`,
-    make("p", { className: "muted" }, facts.filter(Boolean).join(" | ")),
-    make("div", { className: "passage" }, source.text));
+  const { n, heading, score, start, end, text } = source;
+  const facts = [heading, `score ${score}`, `characters ${start} to ${end}`].filter(Boolean);
+  openDrawer(`[${n}] ${place(source)}`, make("p", { className: "muted" }, facts.join(" | ")),
+    make("h3", {}, "Passage"), make("div", { className: "passage" }, text));
 }
 
 function makeTable(head, rows) {
-  const cells = (tag, row) => make("tr", {}, ...row.map((cell) => make(tag, {}, cell ?? "-")));
-  const table = make("table", {}, make("thead", {}, cells("th", head)),
-    make("tbody", {}, ...rows.map((row) => cells("td", row))));
-  const box = make("div", { className: "scroll", tabIndex: 0, role: "region" }, table);
-  box.ariaLabel = head[0];
-  return box;
+  const line = (tag, row) => make("tr", {}, ...row.map((cell) => make(tag, {}, cell ?? "-")));
+  return scrollBox(head[0], make("table", {}, make("thead", {}, line("th", head)),
+    make("tbody", {}, ...rows.map((row) => line("td", row)))));
 }
 
 function openTrace(trace, usage) {
+  const { candidates, tokens } = trace;
   const content = [];
-  const add = (title, ...parts) => content.push(make("h3", {}, title), ...parts);
+  const add = (title, part) => content.push(make("h3", {}, title), part);
   const list = (items) => make("ul", {}, ...items.map((item) => make("li", {}, item)));
-  if (trace.rewritten) add("The question on its own", make("p", {}, trace.question));
+  if (trace.rewritten) add("The question on its own", trace.question);
   if (trace.queries.length > 1) add("Searched for", list(trace.queries));
   if (trace.notes.length) add("Notes", list(trace.notes));
 
   // Which retrievers and which re-ranker ran, the ranks themselves say.
-  const columns = [...new Set(trace.candidates.flatMap(({ ranks }) => Object.keys(ranks)))];
-  const rows = trace.candidates.map((candidate) => {
-    const { ranks, scores } = candidate;
+  const steps = [...new Set(candidates.flatMap(({ ranks }) => Object.keys(ranks)))];
+  const table = makeTable(["Sent as", "Passage", ...steps, "cosine"], candidates.map((found) => {
+    const { n, heading, text, ranks, scores, left_out } = found;
     const moved = ranks.fused && ranks.final && ranks.fused !== ranks.final;
-    const why = candidate.left_out ? `Left out: ${candidate.left_out}` : "";
-    return [
-      candidate.n && `[${candidate.n}]`,
-      make("div", {}, [place(candidate), candidate.heading].filter(Boolean).join(" | "),
-        make("p", { className: "muted" }, candidate.text), make("p", {}, why)),
-      ...columns.map((name) =>
-        name === "final" && moved ? `${ranks.fused} to ${ranks.final}` : ranks[name]),
-      scores.cosine?.toFixed(2),
-    ];
-  });
-  if (rows.length) {
-    add("Candidates, and the rank each step gave them",
-      makeTable(["Sent as", "Passage", ...columns, "cosine"], rows));
-  } else add("Candidates", make("p", {}, trace.retrieved ? "None." : "Nothing was looked up."));
+    const final = moved ? `${ranks.fused} to ${ranks.final}` : ranks.final; // by the re-ranker
+    const passage = make("div", {}, place(found) + (heading ? ` | ${heading}` : ""),
+      make("p", { className: "muted" }, text), left_out ? `Left out: ${left_out}` : "");
+    const places = steps.map((step) => step === "final" ? final : ranks[step]);
+    return [n && `[${n}]`, passage, ...places, scores.cosine?.toFixed(2)];
+  }));
+  if (candidates.length) add("Candidates, and the rank each step gave them", table);
+  else add("Candidates", trace.retrieved ? "None." : "Nothing was looked up.");
 
-  const { context, budget } = trace.tokens;
-  add("Tokens", make("p", {}, `${context} of ${budget} for the passages`
-    + (usage ? `; ${usage.input_tokens} read and ${usage.output_tokens} written` : "")));
+  add("Tokens", `${tokens.context} of ${tokens.budget} for the passages`
+    + (usage ? `; ${usage.input_tokens} read and ${usage.output_tokens} written` : ""));
   const seconds = Object.entries(trace.seconds).filter(([, value]) => value !== null);
   const max = Math.max(...seconds.map(([, value]) => value));
-  add("Seconds", makeTable(["Stage", "Seconds", ""], seconds.map(([name, value]) =>
-    [name, value.toFixed(2), make("meter", { max, value, ariaHidden: "true" })])));
+  const bar = (value) => make("meter", { max, value, ariaHidden: "true" });
+  add("Time", makeTable(["Stage", "Seconds"], seconds.map(([stage, value]) =>
+    [stage, make("span", {}, bar(value), ` ${value.toFixed(2)}`)])));
   openDrawer("How it was found", ...content);
 }
 
@@ -2452,26 +2412,30 @@ function say(text, className = "") {
 
 async function listDocuments() {
   const { documents } = await json(await api("/documents"));
-  $("doc-list").replaceChildren(...documents.map((doc) => {
-    const size = `${doc.chunks} chunks` + (doc.pages ? `, ${doc.pages} pages` : "")
-      + (doc.uploaded ? ", uploaded" : "");
-    const label = make("div", {}, doc.source, make("p", { className: "muted" }, size));
-    const item = make("li", { className: "row" }, label);
-    const remove = make("button", { className: "remove", ariaLabel: `Remove ${doc.source}` },
-      "Remove");
-    const yes = make("button", { className: "confirm" }, "Yes, remove");
-    const keep = make("button", { className: "keep" }, "Keep");
-    remove.onclick = () => { remove.replaceWith(keep, yes); keep.focus(); };
-    keep.onclick = () => { yes.remove(); keep.replaceWith(remove); remove.focus(); };
-    yes.onclick = () => removeDocument(doc.source);
-    item.append(remove);
-    return item;
-  }));
-  if (documents.length === 0) $("doc-list").append(make("li", {}, "No documents yet."));
+  const items = documents.map(({ source, chunks, pages, uploaded }) => {
+    const button = (className, label, onclick) => make("button", { className, onclick }, label);
+    const remove = button("remove", "Remove", () => {
+      remove.replaceWith(keep, yes);
+      keep.focus();
+    });
+    const keep = button("keep", "Keep", () => { yes.remove(); keep.replaceWith(remove); });
+    const yes = button("confirm", "Yes, remove", () => change(async () => {
+      const path = source.split("/").map(encodeURIComponent).join("/");
+      await json(await api(`/documents/${path}`, { method: "DELETE" }));
+      return `Removed ${source}.`;
+    }));
+    remove.ariaLabel = `Remove ${source}`;
+    const size = [`${chunks} chunks`, pages && `${pages} pages`, uploaded && "uploaded"];
+    const facts = make("p", { className: "muted" }, size.filter(Boolean).join(", "));
+    return make("li", { className: "row" }, make("div", {}, source, facts), remove);
+  });
+  if (!items.length) items.push(make("li", {}, "No documents yet."));
+  $("doc-list").replaceChildren(...items);
 }
 
 // Does something to the documents, says what came of it, and shows the list as it is then.
 async function change(action) {
+  $("docs-close").focus(); // the button that has the focus goes with the old list
   try {
     say(await action());
     await listDocuments();
@@ -2479,15 +2443,6 @@ async function change(action) {
   } catch (error) {
     say(error.message, "error");
   }
-}
-
-async function removeDocument(source) {
-  const path = source.split("/").map(encodeURIComponent).join("/");
-  $("docs-close").focus(); // the button that had the focus goes with the list
-  await change(async () => {
-    await json(await api(`/documents/${path}`, { method: "DELETE" }));
-    return `Removed ${source}.`;
-  });
 }
 
 async function addFiles(files) {
@@ -2516,15 +2471,17 @@ $("file").onchange = async () => {
 };
 
 // Without preventDefault the browser would open a dropped file in place of the page.
+const hasFiles = (event) => event.dataTransfer.types.includes("Files");
 window.ondragover = (event) => {
-  event.preventDefault();
-  $("drop").togglePopover(event.dataTransfer.types.includes("Files"));
+  if (hasFiles(event)) event.preventDefault();
+  $("drop").togglePopover(hasFiles(event));
 };
 window.ondragleave = (event) => { if (!event.relatedTarget) $("drop").togglePopover(false); };
 window.ondrop = (event) => {
-  event.preventDefault();
   $("drop").togglePopover(false);
-  if (event.dataTransfer.files.length) addFiles([...event.dataTransfer.files]);
+  if (!hasFiles(event)) return; // dragged text: the field takes it
+  event.preventDefault();
+  addFiles([...event.dataTransfer.files]);
 };
 
 // ---- Keys and buttons ----
@@ -2548,7 +2505,7 @@ $("query").onkeydown = (event) => {
   event.preventDefault();
   submit();
 };
-$("send").onclick = () => { if (running) running.abort(); submit(); };
+$("send").onclick = () => { if (running) running.abort(); else submit(); $("query").focus(); };
 document.onkeydown = (event) => {
   if (event.key !== "Escape" || document.querySelector("dialog:modal")) return;
   if ($("drawer").open) closeDrawer();
@@ -2563,18 +2520,16 @@ $("new-chat").onclick = () => {
   $("query").focus();
 };
 
-const darkSystem = matchMedia("(prefers-color-scheme: dark)");
-function setLook(look) {
-  if (look) document.documentElement.dataset.look = look;
-  const dark = look ? look === "dark" : darkSystem.matches;
-  $("look").textContent = dark ? "Light" : "Dark";
-  $("look").ariaLabel = dark ? "Light look" : "Dark look";
+function setLook(look) { // the button names the other look
+  document.documentElement.dataset.look = look;
+  $("look").textContent = look === "Dark" ? "Light" : "Dark";
 }
 $("look").onclick = () => {
-  localStorage.setItem("rag-look", $("look").textContent.toLowerCase());
-  setLook(localStorage.getItem("rag-look"));
+  localStorage.setItem("rag-look", $("look").textContent);
+  setLook($("look").textContent);
 };
-setLook(localStorage.getItem("rag-look"));
+const systemLook = matchMedia("(prefers-color-scheme: dark)").matches ? "Dark" : "Light";
+setLook(localStorage.getItem("rag-look") ?? systemLook);
 checkReady();
 </script>
 </body>
