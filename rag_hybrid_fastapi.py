@@ -2012,7 +2012,8 @@ body > header { padding: .6rem 1rem; border-bottom: 1px solid var(--line); }
 main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
 #log { overflow-y: auto; padding: 1.2rem 1rem; }
 #empty { margin-top: 16vh; text-align: center; }
-#composer { padding: 0 1rem .6rem; }
+#empty h2 { font-size: 1.5rem; }
+#composer { padding: .4rem 1rem .6rem; }
 #query { resize: none; max-height: 35dvh; }
 #send { padding: .6rem 1rem; min-width: 4.6rem; align-self: end; }
 #hint { margin-top: .3rem; }
@@ -2228,6 +2229,7 @@ function setRunning(controller) {
   running = controller;
   $("send").textContent = running ? "Stop" : "Ask";
 }
+
 // Makes a change to the log, and follows the end of it only if the reader was there already.
 function follow(change) {
   const log = $("log");
@@ -2293,7 +2295,7 @@ async function ask(question) {
     if (!finished) throw new Error("The answer broke off.");
   } catch (error) { // what came is kept
     const stopped = controller.signal.aborted;
-    if (!stopped) state.className = "state error";
+    if (!stopped) Object.assign(state, { className: "state error", role: "alert" });
     follow(() => { state.textContent = stopped ? "Stopped." : error.message; });
     finished = stopped && answer !== "";
   }
@@ -2360,7 +2362,7 @@ $("drawer-close").onclick = closeDrawer;
 
 function openPassage(source) {
   const { n, heading, score, start, end, text } = source;
-  const facts = [heading, `score ${score}`, `characters ${start} to ${end}`].filter(Boolean);
+  const facts = [heading, `score ${score.toFixed(2)}`, `characters ${start} to ${end}`].filter(Boolean);
   openDrawer(`[${n}] ${place(source)}`, make("p", { className: "muted" }, facts.join(" | ")),
     make("h3", {}, "Passage"), make("div", { className: "passage" }, text));
 }
@@ -2435,7 +2437,8 @@ async function listDocuments() {
 
 // Does something to the documents, says what came of it, and shows the list as it is then.
 async function change(action) {
-  $("docs-close").focus(); // the button that has the focus goes with the old list
+  // The button that was pressed goes with the old list, so the focus must move on.
+  if ($("doc-list").contains(document.activeElement)) $("docs-close").focus();
   try {
     say(await action());
     await listDocuments();
