@@ -2362,8 +2362,8 @@ $("drawer-close").onclick = closeDrawer;
 
 function openPassage(source) {
   const { n, heading, score, start, end, text } = source;
-  const facts = [heading, `score ${score.toFixed(2)}`, `characters ${start} to ${end}`].filter(Boolean);
-  openDrawer(`[${n}] ${place(source)}`, make("p", { className: "muted" }, facts.join(" | ")),
+  const facts = [heading, `score ${score.toFixed(2)}`, `characters ${start} to ${end}`];
+  openDrawer(`[${n}] ${place(source)}`, make("p", { className: "muted" }, facts.filter(Boolean).join(" | ")),
     make("h3", {}, "Passage"), make("div", { className: "passage" }, text));
 }
 
