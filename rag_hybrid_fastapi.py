@@ -378,14 +378,21 @@ def split_document(
     """Split one document, section by section, into chunks without white space at their ends."""
     text, chunks = document.text, []
     begins, limit = token_starts(text, args.embed_model)
+    size = min(args.chunk_tokens, limit)
 
     def count(span: Span) -> int:
         return bisect_left(begins, span[1]) - bisect_left(begins, span[0])
 
+    # A word too long for a chunk will be cut, and its parts have other tokens than the whole had:
+    # there each character counts. (A character has up to four tokens: a short word can be too long.)
+    long = [word.span() for word in re.finditer(rf"\S{{{size // 4},}}", text)]
+    characters = {i for word in long if count(word) > size for i in range(*word)}
+    begins = sorted([*begins, *characters.difference(begins)])
+
     def embed_texts(texts: list[str]) -> Any:
         return embed_now(texts, args)
 
-    rules = (min(args.chunk_tokens, limit), args.chunk_overlap, count, embed_texts)
+    rules = (size, args.chunk_overlap, count, embed_texts)
     for section, heading in sections(document):
         for start, end in CHUNKERS[args.chunker](text, section, *rules):
             start += len(text[start:end]) - len(text[start:end].lstrip())
