@@ -276,7 +276,7 @@ def load_documents(paths: list[str]) -> list[Document]:
 # --- stage 1: chunking ----------------------------------------------------------------------------
 
 HEADING = re.compile(  # of Markdown and reStructuredText: "# Title", or a title with a line below
-    r"(?m)^(?:#{1,6} +(?P<hashed>.+?)[ #]*|(?P<lined>\S.*)\n[ ]*(?:={3,}|-{3,}|~{3,}|\^{3,})[ ]*)$"
+    r"(?m)^(?:#{1,6} +(?P<hashed>.+?)[ #\r]*|(?P<lined>\S.*)\n(?:={3,}|-{3,}|~{3,}|\^{3,})[ \r]*)$"
 )
 UNITS = (  # what a text falls into, the largest first: paragraphs, sentences, words, characters
     r"\n\s*\n",
