@@ -618,10 +618,11 @@ class Store:
 
     def current(self) -> Index | None:
         """The newest whole version; None where there is none yet. A server's may be another's."""
-        if not self.index or self.args.chroma_url:
+        while not self.index or self.args.chroma_url:
             version = self.collection().metadata["version"]
-            if version and (not self.index or self.index.version != version):
-                self.index = self.load(version)
+            if not version or (self.index and self.index.version == version):
+                break
+            self.index = self.load(version)  # a server's may have been replaced meanwhile: again
         return self.index
 
     def load(self, version: int) -> Index:
