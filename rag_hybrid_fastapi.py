@@ -635,9 +635,11 @@ class Store:
             place = self.folder / f"bm25-{version}"
             with (place / "chunks.jsonl").open(encoding="utf-8") as lines:
                 chunks = [Chunk(*json.loads(line)) for line in lines]
-            bm25 = bm25s.BM25.load(place) if (place / "params.index.json").exists() else None
+            bm25 = bm25s.BM25.load(place)  # where no chunk has a word there is none to load
+            if bm25.scores["num_docs"] != len(chunks):
+                raise ValueError("one of the files lacks a part")
             return Index(version, chunks, {c.id: i for i, c in enumerate(chunks)}, bm25)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError, EOFError):
             rows = self.rows({"$and": [{"since": {"$lte": version}}, {"until": {"$gt": version}}]})
             fields = ("source", "page", "heading", "start", "end", "origin", "uploaded")
             found = sorted(rows.values(), key=lambda row: (row["source"], row.get("page") or 0))
