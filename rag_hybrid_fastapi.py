@@ -54,6 +54,7 @@ import re
 import secrets
 import shutil
 import socket
+import sqlite3
 import sys
 import tempfile
 import textwrap
@@ -63,7 +64,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -539,6 +540,31 @@ def words_of(texts: list[str]) -> Any:
     return bm25s.tokenize(texts, return_ids=False, **options)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds our collection, or one half made. Raises Failure if it has others.
+
+    It looks without Chroma, which changes an old database when it opens it.
+    """
+    database = folder / "chroma.sqlite3"
+    if not database.exists():
+        if folder.exists() and {file.name for file in folder.iterdir()} - {".lock", ".access"}:
+            raise Failure(f"{folder} holds other files: name a new or an empty folder with --index")
+        return False
+    try:
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM collections")}
+    except (
+        sqlite3.OperationalError
+    ):  # in use, or left half made by a run that died: Chroma mends it
+        return True
+    except sqlite3.DatabaseError as error:
+        raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
+    if names and COLLECTION not in names:
+        raise Failure(f"{folder} is another program's Chroma database: name another --index")
+    return True
+
+
 class Store:
     """A Chroma collection in a folder, on a server or in memory, and BM25 over the same chunks.
 
@@ -563,10 +589,7 @@ class Store:
             chromadb.Settings(anonymized_telemetry=False),
         )
         if self.folder:
-            strangers = self.folder.exists() and {file.name for file in self.folder.iterdir()}
-            if strangers and "chroma.sqlite3" not in strangers and strangers - {".lock"}:
-                hint = "name a new or an empty folder with --index"
-                raise Failure(f"{self.folder} holds other files: {hint}")
+            is_ours(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             # Chroma keeps parts of a folder in memory: only one program may have it open.
             self.lock = FileLock(self.folder / ".lock", timeout=0)
@@ -583,9 +606,6 @@ class Store:
             # In memory all stores of a program share one database.
             self.name = COLLECTION if where else f"memory-{time.time_ns()}"
             names = [collection.name for collection in self.chroma.list_collections()]
-            if self.folder and names and COLLECTION not in names:
-                hint = "name another --index"
-                raise Failure(f"{self.folder} is another program's Chroma database: {hint}")
             if self.name not in names:
                 made_with = {"embed_model": args.embed_model, "precision": native_precision()}
                 self.chroma.create_collection(
@@ -1880,6 +1900,8 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
 
 def open_store(args: argparse.Namespace, stop: threading.Event | None = None) -> Store:
     """Open the store, with the documents that --docs names, or else the samples if it is empty."""
+    from chromadb.errors import InternalError
+
     store = Store(args, stop or threading.Event())
     try:
         add_prompts(args)
@@ -1891,8 +1913,12 @@ def open_store(args: argparse.Namespace, stop: threading.Event | None = None) ->
         elif not index:
             build_index([Document(text, "sample") for text in SAMPLES], store)
         embed_now(["warm"], args, query=True)  # loads the embedder
-    except BaseException:
+    except BaseException as error:
         store.close()
+        if store.folder and isinstance(error, InternalError):
+            hint = "make room and try again, or remove it and index again"
+            place = f"{store.folder} is damaged or can't be written"
+            raise Failure(f"{place}: {hint} ({error})") from error
         raise
     return store
 
