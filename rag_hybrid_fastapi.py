@@ -713,7 +713,9 @@ class Store:
             for block in blocks(dead):
                 collection.delete(block)
             for block in blocks([row for row in left if row in wanted]):
-                collection.update(block, metadatas=[{"until": FOREVER}] * len(block))
+                # One that an earlier version had is not to come back before the next.
+                since = [{} if row in kept.places else {"since": version + 1} for row in block]
+                collection.update(block, metadatas=[row | {"until": FOREVER} for row in since])
             new = [c for c in chunks if c.id not in kept.places and c.id not in left]
             # A passage that only moved keeps its vector.
             vectors_of = {chunk.text: chunk.id for chunk in kept.chunks}
