@@ -745,8 +745,9 @@ class Store:
             self.index = made
             for block in blocks(gone):
                 collection.delete(block)
-            if self.folder:
-                shutil.rmtree(self.folder / f"bm25-{version}", ignore_errors=True)
+            for old in self.folder.glob("bm25-*") if self.folder else ():
+                if old.name != f"bm25-{version + 1}":  # the last, or of a change that died
+                    shutil.rmtree(old, ignore_errors=True)
             # Counted by text: what only moved is reused.
             before, after = Counter(c.text for c in kept.chunks), Counter(c.text for c in chunks)
             return (after - before).total(), (after & before).total(), (before - after).total()
