@@ -995,10 +995,11 @@ def assemble(candidates: list[Candidate], top_k: int, budget: int, args: Any) ->
 def build_prompt(question: str, sent: list[Candidate]) -> str:
     """Write the user message: the passages, numbered, the best first, and then the question.
 
-    The passages' tags carry a digest of all their text: no text can hold its own digest, so none
-    can close its tag and go on as if it were the prompt.
+    The passages' tags carry a digest of all that stands in them: no text can hold its own digest,
+    so none can close its tag and go on as if it were the prompt.
     """
-    digest = hashlib.sha256("".join(c.chunk.text for c in sent).encode()).hexdigest()[:12]
+    within = "".join(f"{place_of(c.chunk)}\n{c.chunk.text}\n" for c in sent)
+    digest = hashlib.sha256(within.encode()).hexdigest()[:12]
     prompt = ""
     for candidate in sent:
         chunk, n = candidate.chunk, candidate.n
