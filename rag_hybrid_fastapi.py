@@ -1314,6 +1314,7 @@ async def answer(
     candidates: list[Candidate] = []
     trace: dict[str, Any] = {"question": question, "rewritten": question != query}
     trace |= {"queries": queries, "retrieved": retrieved, "notes": notes, "seconds": seconds}
+    trace["tokens"] = {"context": 0, "budget": 0}
     if retrieved:
         candidates = await loop.run_in_executor(pool, retrieve, queries, store, seconds)
         clock = Stopwatch(seconds)
