@@ -1194,7 +1194,10 @@ async def expand_question(question: str, args: argparse.Namespace) -> list[str]:
     prompt = f"Write this question in {args.expand} other ways:\n{question}"
     lines = (await complete(EXPAND_PROMPT, prompt, args)).splitlines()
     found = [one_line(re.sub(r"^\s*(\d+[.)]|[-*])\s*", "", line)) for line in lines]
-    return [line for line in found if 0 < len(line) <= MAX_QUESTION][: args.expand]
+    paraphrases = [line for line in found if 0 < len(line) <= MAX_QUESTION][: args.expand]
+    if not paraphrases:
+        raise RuntimeError("the LLM wrote none that can be searched for")
+    return paraphrases
 
 
 async def generate(
