@@ -1752,8 +1752,11 @@ def check_backend(args: argparse.Namespace) -> None:
         raise Failure(f"no such file: {args.gguf}")
     if not args.question and args.host not in LOOPBACK and not os.environ.get("RAG_API_KEY"):
         raise Failure(f"{args.host} is open to others: set RAG_API_KEY, which they have to send")
+    if args.expand < 0:
+        raise Failure("--expand takes 0 or more")
     if not args.retrieve_only:
         choose_llm(args)
+    args.model = args.model or "none"  # a string in the JSON
     args.window = args.window or (OLLAMA_WINDOW if args.llm == "ollama" else WINDOW)
     least = MAX_ANSWER_TOKENS + HISTORY_TOKENS + 1_000
     if args.window < least:
