@@ -1986,9 +1986,10 @@ def main(argv: list[str] | None = None) -> int:
         start = clock()
         store = open_store(args)
         seconds = {"load": 0.0, "index": clock() - start}
+        runner = asyncio.Runner()  # one event loop for all: the SDK's connections belong to it
         try:
             for question in args.question:
-                answered = asyncio.run(answer_question(question, store, args))
+                answered = runner.run(answer_question(question, store, args))
                 failed |= answered.error is not None
                 if args.json:
                     record = asdict(answered) | {"seconds": seconds | answered.seconds}
@@ -1996,6 +1997,8 @@ def main(argv: list[str] | None = None) -> int:
                 elif answered.error:
                     notice(f"error: {answered.error}")
         finally:
+            runner.close()
+            client.cache_clear()
             store.close()
     except KeyboardInterrupt:
         return 130
