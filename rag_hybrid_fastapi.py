@@ -385,7 +385,7 @@ def split_document(
         return bisect_left(begins, span[1]) - bisect_left(begins, span[0])
 
     # A word too long for a chunk will be cut, and its parts have other tokens than the whole had:
-    # there each character counts. (A character has up to four tokens: a short word can be too long.)
+    # there each character counts. (One character has up to four tokens.)
     long = [word.span() for word in re.finditer(rf"\S{{{size // 4},}}", text)]
     characters = {i for word in long if count(word) > size for i in range(*word)}
     begins = sorted([*begins, *characters.difference(begins)])
