@@ -54,6 +54,7 @@ import re
 import secrets
 import shutil
 import socket
+import sqlite3
 import sys
 import tempfile
 import textwrap
@@ -63,7 +64,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -276,7 +277,7 @@ def load_documents(paths: list[str]) -> list[Document]:
 # --- stage 1: chunking ----------------------------------------------------------------------------
 
 HEADING = re.compile(  # of Markdown and reStructuredText: "# Title", or a title with a line below
-    r"(?m)^(?:#{1,6} +(?P<hashed>.+?)[ #]*|(?P<lined>\S.*)\n[ ]*(?:={3,}|-{3,}|~{3,}|\^{3,})[ ]*)$"
+    r"(?m)^(?:#{1,6} +(?P<hashed>.+?)[ #\r]*|(?P<lined>\S.*)\n(?:={3,}|-{3,}|~{3,}|\^{3,})[ \r]*)$"
 )
 UNITS = (  # what a text falls into, the largest first: paragraphs, sentences, words, characters
     r"\n\s*\n",
@@ -378,14 +379,21 @@ def split_document(
     """Split one document, section by section, into chunks without white space at their ends."""
     text, chunks = document.text, []
     begins, limit = token_starts(text, args.embed_model)
+    size = min(args.chunk_tokens, limit)
 
     def count(span: Span) -> int:
         return bisect_left(begins, span[1]) - bisect_left(begins, span[0])
 
+    # A word too long for a chunk will be cut, and its parts have other tokens than the whole had:
+    # there each character counts. (One character has up to four tokens.)
+    long = [word.span() for word in re.finditer(rf"\S{{{size // 4},}}", text)]
+    characters = {i for word in long if count(word) > size for i in range(*word)}
+    begins = sorted([*begins, *characters.difference(begins)])
+
     def embed_texts(texts: list[str]) -> Any:
         return embed_now(texts, args)
 
-    rules = (min(args.chunk_tokens, limit), args.chunk_overlap, count, embed_texts)
+    rules = (size, args.chunk_overlap, count, embed_texts)
     for section, heading in sections(document):
         for start, end in CHUNKERS[args.chunker](text, section, *rules):
             start += len(text[start:end]) - len(text[start:end].lstrip())
@@ -532,6 +540,31 @@ def words_of(texts: list[str]) -> Any:
     return bm25s.tokenize(texts, return_ids=False, **options)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds our collection, or one half made. Raises Failure if it has others.
+
+    It looks without Chroma, which changes an old database when it opens it.
+    """
+    database = folder / "chroma.sqlite3"
+    if not database.exists():
+        if folder.exists() and {file.name for file in folder.iterdir()} - {".lock", ".access"}:
+            raise Failure(f"{folder} holds other files: name a new or an empty folder with --index")
+        return False
+    try:
+        uri = f"{database.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM collections")}
+    except (
+        sqlite3.OperationalError
+    ):  # in use, or left half made by a run that died: Chroma mends it
+        return True
+    except sqlite3.DatabaseError as error:
+        raise Failure(f"{folder} is damaged: remove it, and index again ({error})") from error
+    if names and COLLECTION not in names:
+        raise Failure(f"{folder} is another program's Chroma database: name another --index")
+    return True
+
+
 class Store:
     """A Chroma collection in a folder, on a server or in memory, and BM25 over the same chunks.
 
@@ -556,10 +589,7 @@ class Store:
             chromadb.Settings(anonymized_telemetry=False),
         )
         if self.folder:
-            strangers = self.folder.exists() and {file.name for file in self.folder.iterdir()}
-            if strangers and "chroma.sqlite3" not in strangers and strangers - {".lock"}:
-                hint = "name a new or an empty folder with --index"
-                raise Failure(f"{self.folder} holds other files: {hint}")
+            is_ours(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             # Chroma keeps parts of a folder in memory: only one program may have it open.
             self.lock = FileLock(self.folder / ".lock", timeout=0)
@@ -576,9 +606,6 @@ class Store:
             # In memory all stores of a program share one database.
             self.name = COLLECTION if where else f"memory-{time.time_ns()}"
             names = [collection.name for collection in self.chroma.list_collections()]
-            if self.folder and names and COLLECTION not in names:
-                hint = "name another --index"
-                raise Failure(f"{self.folder} is another program's Chroma database: {hint}")
             if self.name not in names:
                 made_with = {"embed_model": args.embed_model, "precision": native_precision()}
                 self.chroma.create_collection(
@@ -611,10 +638,11 @@ class Store:
 
     def current(self) -> Index | None:
         """The newest whole version; None where there is none yet. A server's may be another's."""
-        if not self.index or self.args.chroma_url:
+        while not self.index or self.args.chroma_url:
             version = self.collection().metadata["version"]
-            if version and (not self.index or self.index.version != version):
-                self.index = self.load(version)
+            if not version or (self.index and self.index.version == version):
+                break
+            self.index = self.load(version)  # a server's may have been replaced meanwhile: again
         return self.index
 
     def load(self, version: int) -> Index:
@@ -627,9 +655,11 @@ class Store:
             place = self.folder / f"bm25-{version}"
             with (place / "chunks.jsonl").open(encoding="utf-8") as lines:
                 chunks = [Chunk(*json.loads(line)) for line in lines]
-            bm25 = bm25s.BM25.load(place) if (place / "params.index.json").exists() else None
+            bm25 = bm25s.BM25.load(place)  # where no chunk has a word there is none to load
+            if bm25.scores["num_docs"] != len(chunks):
+                raise ValueError("one of the files lacks a part")
             return Index(version, chunks, {c.id: i for i, c in enumerate(chunks)}, bm25)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError, EOFError):
             rows = self.rows({"$and": [{"since": {"$lte": version}}, {"until": {"$gt": version}}]})
             fields = ("source", "page", "heading", "start", "end", "origin", "uploaded")
             found = sorted(rows.values(), key=lambda row: (row["source"], row.get("page") or 0))
@@ -683,7 +713,9 @@ class Store:
             for block in blocks(dead):
                 collection.delete(block)
             for block in blocks([row for row in left if row in wanted]):
-                collection.update(block, metadatas=[{"until": FOREVER}] * len(block))
+                # One that an earlier version had is not to come back before the next.
+                since = [{} if row in kept.places else {"since": version + 1} for row in block]
+                collection.update(block, metadatas=[row | {"until": FOREVER} for row in since])
             new = [c for c in chunks if c.id not in kept.places and c.id not in left]
             # A passage that only moved keeps its vector.
             vectors_of = {chunk.text: chunk.id for chunk in kept.chunks}
@@ -713,8 +745,9 @@ class Store:
             self.index = made
             for block in blocks(gone):
                 collection.delete(block)
-            if self.folder:
-                shutil.rmtree(self.folder / f"bm25-{version}", ignore_errors=True)
+            for old in self.folder.glob("bm25-*") if self.folder else ():
+                if old.name != f"bm25-{version + 1}":  # the last, or of a change that died
+                    shutil.rmtree(old, ignore_errors=True)
             # Counted by text: what only moved is reused.
             before, after = Counter(c.text for c in kept.chunks), Counter(c.text for c in chunks)
             return (after - before).total(), (after & before).total(), (before - after).total()
@@ -962,10 +995,11 @@ def assemble(candidates: list[Candidate], top_k: int, budget: int, args: Any) ->
 def build_prompt(question: str, sent: list[Candidate]) -> str:
     """Write the user message: the passages, numbered, the best first, and then the question.
 
-    The passages' tags carry a digest of all their text: no text can hold its own digest, so none
-    can close its tag and go on as if it were the prompt.
+    The passages' tags carry a digest of all that stands in them: no text can hold its own digest,
+    so none can close its tag and go on as if it were the prompt.
     """
-    digest = hashlib.sha256("".join(c.chunk.text for c in sent).encode()).hexdigest()[:12]
+    within = "".join(f"{place_of(c.chunk)}\n{c.chunk.text}\n" for c in sent)
+    digest = hashlib.sha256(within.encode()).hexdigest()[:12]
     prompt = ""
     for candidate in sent:
         chunk, n = candidate.chunk, candidate.n
@@ -1160,7 +1194,10 @@ async def expand_question(question: str, args: argparse.Namespace) -> list[str]:
     prompt = f"Write this question in {args.expand} other ways:\n{question}"
     lines = (await complete(EXPAND_PROMPT, prompt, args)).splitlines()
     found = [one_line(re.sub(r"^\s*(\d+[.)]|[-*])\s*", "", line)) for line in lines]
-    return [line for line in found if 0 < len(line) <= MAX_QUESTION][: args.expand]
+    paraphrases = [line for line in found if 0 < len(line) <= MAX_QUESTION][: args.expand]
+    if not paraphrases:
+        raise RuntimeError("the LLM wrote none that can be searched for")
+    return paraphrases
 
 
 async def generate(
@@ -1714,8 +1751,11 @@ def check_backend(args: argparse.Namespace) -> None:
         raise Failure(f"no such file: {args.gguf}")
     if not args.question and args.host not in LOOPBACK and not os.environ.get("RAG_API_KEY"):
         raise Failure(f"{args.host} is open to others: set RAG_API_KEY, which they have to send")
+    if args.expand < 0:
+        raise Failure("--expand takes 0 or more")
     if not args.retrieve_only:
         choose_llm(args)
+    args.model = args.model or "none"  # a string in the JSON
     args.window = args.window or (OLLAMA_WINDOW if args.llm == "ollama" else WINDOW)
     least = MAX_ANSWER_TOKENS + HISTORY_TOKENS + 1_000
     if args.window < least:
@@ -1870,6 +1910,8 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
 
 def open_store(args: argparse.Namespace, stop: threading.Event | None = None) -> Store:
     """Open the store, with the documents that --docs names, or else the samples if it is empty."""
+    from chromadb.errors import InternalError
+
     store = Store(args, stop or threading.Event())
     try:
         add_prompts(args)
@@ -1881,8 +1923,12 @@ def open_store(args: argparse.Namespace, stop: threading.Event | None = None) ->
         elif not index:
             build_index([Document(text, "sample") for text in SAMPLES], store)
         embed_now(["warm"], args, query=True)  # loads the embedder
-    except BaseException:
+    except BaseException as error:
         store.close()
+        if store.folder and isinstance(error, InternalError):
+            hint = "make room and try again, or remove it and index again"
+            place = f"{store.folder} is damaged or can't be written"
+            raise Failure(f"{place}: {hint} ({error})") from error
         raise
     return store
 
@@ -1939,9 +1985,10 @@ def main(argv: list[str] | None = None) -> int:
         start = clock()
         store = open_store(args)
         seconds = {"load": 0.0, "index": clock() - start}
+        runner = asyncio.Runner()  # one event loop for all: the SDK's connections belong to it
         try:
             for question in args.question:
-                answered = asyncio.run(answer_question(question, store, args))
+                answered = runner.run(answer_question(question, store, args))
                 failed |= answered.error is not None
                 if args.json:
                     record = asdict(answered) | {"seconds": seconds | answered.seconds}
@@ -1949,6 +1996,8 @@ def main(argv: list[str] | None = None) -> int:
                 elif answered.error:
                     notice(f"error: {answered.error}")
         finally:
+            runner.close()
+            client.cache_clear()
             store.close()
     except KeyboardInterrupt:
         return 130
@@ -2363,7 +2412,8 @@ $("drawer-close").onclick = closeDrawer;
 function openPassage(source) {
   const { n, heading, score, start, end, text } = source;
   const facts = [heading, `score ${score.toFixed(2)}`, `characters ${start} to ${end}`];
-  openDrawer(`[${n}] ${place(source)}`, make("p", { className: "muted" }, facts.filter(Boolean).join(" | ")),
+  openDrawer(`[${n}] ${place(source)}`,
+    make("p", { className: "muted" }, facts.filter(Boolean).join(" | ")),
     make("h3", {}, "Passage"), make("div", { className: "passage" }, text));
 }
 

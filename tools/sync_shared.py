@@ -77,7 +77,7 @@ GROUPS = [
         ),
     ),
     Group(STREAMING, (HYBRID,), ("REWRITE_PROMPT",)),
-    Group(CHROMA, (HYBRID,), ("FOREVER", "EMBED_MODEL")),
+    Group(CHROMA, (HYBRID,), ("FOREVER", "EMBED_MODEL", "is_ours")),
 ]
 
 # What is meant to differ, and why. One that is equal after all is a difference: take it out.
