@@ -1270,15 +1270,15 @@ async def answer(
     candidates: list[Candidate] = []
     trace: dict[str, Any] = {"question": question, "rewritten": question != query}
     trace |= {"queries": queries, "retrieved": retrieved, "notes": notes, "seconds": seconds}
+    # What the system prompt, the question and the tags take is small beside this margin.
+    budget, spent = args.window - MAX_ANSWER_TOKENS - HISTORY_TOKENS - 512, 0
     if retrieved:
         candidates = await loop.run_in_executor(pool, retrieve, queries, store, seconds)
         clock = Stopwatch(seconds)
-        # What the system prompt, the question and the tags take is small beside this margin.
-        budget = args.window - MAX_ANSWER_TOKENS - HISTORY_TOKENS - 512
         spent = await loop.run_in_executor(pool, assemble, candidates, top_k, budget, args)
-        trace["tokens"] = {"context": spent, "budget": budget}
         clock.lap("assemble")
     sent = [candidate for candidate in candidates if candidate.n]
+    trace["tokens"] = {"context": spent, "budget": budget}
     trace["candidates"] = [
         {
             "source": c.chunk.source,
