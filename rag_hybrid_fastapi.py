@@ -1425,10 +1425,20 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             raise fastapi.HTTPException(503, "the index is being loaded", {"Retry-After": "2"})
         return store
 
-    def admit(queue: str, limit: int) -> None:
-        if waiting[queue] >= limit:
-            raise fastapi.HTTPException(503, "too many at once, try again", {"Retry-After": "5"})
-        waiting[queue] += 1
+    def place_in(queue: str, limit: int) -> Any:
+        """A dependency: holds a place in a queue until the response is sent or its reader left."""
+
+        async def hold() -> AsyncGenerator[None]:
+            if waiting[queue] >= limit:
+                hint = {"Retry-After": "5"}
+                raise fastapi.HTTPException(503, "too many at once, try again", hint)
+            waiting[queue] += 1
+            try:
+                yield
+            finally:
+                waiting[queue] -= 1
+
+        return fastapi.Depends(hold)
 
     def to_html(text: str) -> str:
         links = {"a": {"target": "_blank"}}
@@ -1467,25 +1477,24 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         names = {"model": args.model, "embed_model": args.embed_model}
         return {"status": "ready", "chunks": chunks} | names
 
-    @guarded.post("/chat", responses={code: {} for code in (401, 403, 413, 502, 503)})
+    @guarded.post(
+        "/chat",
+        responses={code: {} for code in (401, 403, 413, 502, 503)},
+        dependencies=[place_in("answers", ANSWERS + WAITING)],
+    )
     async def chat(body: ChatRequest, request: fastapi.Request) -> Any:
         """Answer a question from the documents.
 
         With "stream": true the events are `sources`, `token`..., `done`; or `error`.
         """
         store = ready()
-        admit("answers", ANSWERS + WAITING)
         history = [message.model_dump() for message in body.history]
 
         async def events() -> AsyncGenerator[tuple[str, Any]]:
-            try:
-                async with turns:
-                    run = answer(body.query, history, store, models, body.top_k, body.generate)
-                    async with aclosing(run):
-                        async for event in run:
-                            yield event
-            finally:
-                waiting["answers"] -= 1
+            run = answer(body.query, history, store, models, body.top_k, body.generate)
+            async with turns if body.generate else nullcontext(), aclosing(run):
+                async for event in run:
+                    yield event
 
         def say(error: Exception) -> str:
             notice(f"error: {explain(error)[0]}")  # the whole of it only here
@@ -1527,18 +1536,16 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         while not (await asyncio.wait({task}, timeout=0.3))[0]:
             if await request.is_disconnected():
                 task.cancel()
+                return fastapi.Response(status_code=499)  # nobody reads it
         return await task
 
     async def change(store: Store, edit: Callable[[list[Chunk]], list[Chunk]]) -> dict[str, int]:
-        admit("changes", 8)
         try:
             loop = asyncio.get_running_loop()
             counts = await loop.run_in_executor(indexing, store.change, edit)
         except Failure as error:
             notice(f"error: {error}")
             raise fastapi.HTTPException(503, "the index can't be changed now") from error
-        finally:
-            waiting["changes"] -= 1
         return dict(zip(("added", "reused", "removed"), counts, strict=True))
 
     @guarded.get("/documents")
@@ -1552,8 +1559,13 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             document["pages"] = chunk.page and max(document["pages"] or 0, chunk.page)
         return {"documents": list(documents.values())}
 
+    changes = place_in("changes", 8)
+
     @guarded.post(
-        "/documents", status_code=201, responses={c: {} for c in (401, 403, 413, 415, 503)}
+        "/documents",
+        status_code=201,
+        responses={code: {} for code in (401, 403, 413, 415, 503)},
+        dependencies=[changes],
     )
     async def add_document(file: fastapi.UploadFile) -> dict[str, Any]:
         """Add a document, or replace the one of the same name."""
@@ -1590,7 +1602,11 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         chunks = sum(chunk.source == name for chunk in store.index.chunks) if store.index else 0
         return {"source": name, "chunks": chunks} | counts
 
-    @guarded.delete("/documents/{source:path}", responses={c: {} for c in (401, 403, 404, 503)})
+    @guarded.delete(
+        "/documents/{source:path}",
+        responses={code: {} for code in (401, 403, 404, 503)},
+        dependencies=[changes],
+    )
     async def remove_document(source: str) -> dict[str, Any]:
         """Remove a document. One of --docs comes back with the next start that names it."""
         store = ready()
