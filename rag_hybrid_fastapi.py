@@ -1345,42 +1345,13 @@ def public(error: Exception) -> str:
 # --- API ------------------------------------------------------------------------------------------
 
 
-class BodyLimit:
-    """ASGI middleware: refuse a request that is longer than its path may be, while it comes."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Count the bytes that come; an announced length is refused at once."""
-        from fastapi.responses import JSONResponse
-
-        limit = MAX_UPLOAD if scope.get("path") == "/documents" else MAX_BODY
-        came, too_long = 0, JSONResponse({"detail": f"longer than {limit:,} bytes"}, 413)
-        announced = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if scope["type"] == "http" and announced.isdigit() and int(announced) > limit:
-            return await too_long(scope, receive, send)
-
-        async def counted() -> Any:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > limit:
-                raise OverflowError
-            return message
-
-        try:
-            await self.app(scope, counted, send)
-        except OverflowError:
-            await too_long(scope, receive, send)
-
-
 def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace) -> Any:
     """Make the API and the page. `store_ready` returns the store once it is loaded, else None."""
     import fastapi
     import nh3
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from fastapi.routing import APIRoute
     from fastapi.sse import format_sse_event
     from fastapi_offline import FastAPIOffline
     from markdown_it import MarkdownIt
@@ -1410,14 +1381,41 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
     def check_caller(request: fastapi.Request) -> None:
         """Demand the key, and refuse other web pages that this browser has open."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        name = urlsplit(f"//{host}").hostname
+        here = key or re.fullmatch(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", host)
         # A page elsewhere may name this machine's address as its own (DNS rebinding), or post here.
-        if (origin and urlsplit(origin).netloc != host) or not (key or name in LOOPBACK):
+        if not here or origin not in (None, f"http://{host}", f"https://{host}"):
             raise fastapi.HTTPException(403, "not from another site")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not secrets.compare_digest(given.encode(), key.encode()):
+        probe = request.url.path == "/readyz"  # asked by what watches over servers
+        if key and not probe and not secrets.compare_digest(given.encode("latin-1"), os.fsencode(key)):
             hint = {"WWW-Authenticate": "Bearer"}
             raise fastapi.HTTPException(401, "send the key: Authorization: Bearer KEY", hint)
+
+    class Guarded(APIRoute):
+        """A route that checks who asks, and how much comes, before it reads the body."""
+
+        def get_route_handler(self) -> Any:
+            handle = super().get_route_handler()
+            limit = MAX_UPLOAD if self.path == "/documents" else MAX_BODY
+            too_long = fastapi.HTTPException(413, f"longer than {limit:,} bytes")
+
+            async def guarded(request: fastapi.Request) -> Any:
+                came = 0
+
+                async def receive() -> Any:
+                    nonlocal came
+                    message = await request.receive()
+                    came += len(message.get("body", b""))
+                    if came > limit:
+                        raise too_long
+                    return message
+
+                check_caller(request)
+                if int(request.headers.get("content-length", 0)) > limit:
+                    raise too_long
+                return await handle(fastapi.Request(request.scope, receive))
+
+            return guarded
 
     def ready() -> Store:
         store = store_ready()
@@ -1445,8 +1443,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         return nh3.clean(markdown.render(text), set_tag_attribute_values=links)
 
     app = FastAPIOffline(title="RAG", version="1", redoc_url=None, description="Ask documents.")
-    app.add_middleware(BodyLimit)
-    guarded = fastapi.APIRouter(dependencies=[fastapi.Depends(check_caller)])
+    guarded = fastapi.APIRouter(route_class=Guarded)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> Any:
@@ -1468,12 +1465,11 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """Whether the process is alive."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
-    async def readyz() -> Any:
+    @guarded.get("/readyz", responses={code: {} for code in (403, 503)})
+    async def readyz() -> dict[str, Any]:
         """Whether questions can be asked."""
-        if not (store := store_ready()):
-            return JSONResponse({"status": "loading"}, 503, {"Retry-After": "2"})
-        chunks = len(store.index.chunks) if store.index else 0
+        index = ready().index
+        chunks = len(index.chunks) if index else 0
         names = {"model": args.model, "embed_model": args.embed_model}
         return {"status": "ready", "chunks": chunks} | names
 
