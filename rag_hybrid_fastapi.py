@@ -1622,10 +1622,9 @@ def serve(args: argparse.Namespace) -> int:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         bound = socket.create_server((args.host, args.port), family=family)
-    except OSError as error:
-        raise Failure(
-            f"can't listen at {args.host}:{args.port}: choose a --port ({error})"
-        ) from error
+    except (OSError, OverflowError) as error:
+        hint = f"choose a --port ({error})"
+        raise Failure(f"can't listen at {args.host}:{args.port}: {hint}") from error
     host, port = bound.getsockname()[:2]
     opened: list[Store] = []  # the store, once it is loaded
     failed: list[Exception] = []
