@@ -59,6 +59,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zipfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -1539,9 +1540,10 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         try:
             loop = asyncio.get_running_loop()
             counts = await loop.run_in_executor(indexing, store.change, edit)
-        except Failure as error:
-            notice(f"error: {error}")
-            raise fastapi.HTTPException(503, "the index can't be changed now") from error
+        except Exception as error:  # the disk is full, Chroma's server is down, we are stopped
+            notice(f"error: {explain(error)[0]}")
+            hint = {"Retry-After": "60"}
+            raise fastapi.HTTPException(503, "the index can't be changed now", hint) from error
         return dict(zip(("added", "reused", "removed"), counts, strict=True))
 
     @guarded.get("/documents")
@@ -1567,7 +1569,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """Add a document, or replace the one of the same name."""
         store = ready()
         # The name is only ever a name: no path is made of it.
-        name = one_line(printable(re.split(r"[/\\]", file.filename or "")[-1]))[:200]
+        name = one_line(printable(re.split(r"[/\\]", file.filename or "")[-1]))[-200:].strip()
         kind = Path(name).suffix.lower()
         if kind not in KINDS:
             raise fastapi.HTTPException(415, f"the kind is none of {' '.join(KINDS)}")
@@ -1577,6 +1579,9 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder, f"upload{kind}")
                 place.write_bytes(content)
+                parts = zipfile.ZipFile(place).infolist() if kind == ".docx" else []
+                if sum(part.file_size for part in parts) > 10 * MAX_UPLOAD:
+                    raise ValueError("it unpacks to more than memory may hold")
                 texts = [t.encode(errors="replace").decode() for t in read_pages(place)]
             numbered = enumerate(texts, 1)
             return [
@@ -1584,7 +1589,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             ]
 
         try:
-            documents = await loop.run_in_executor(None, read)
+            documents = await loop.run_in_executor(indexing, read)
         except Exception as error:
             raise fastapi.HTTPException(422, "the file can't be read: is it broken?") from error
         if not documents:
