@@ -1362,7 +1362,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """A turn of the chat so far."""
 
         role: str = Field(pattern="^(user|assistant)$")
-        content: str = Field(min_length=1, max_length=20_000)
+        content: str = Field(min_length=1, max_length=20_000, pattern=r"\S")
 
     class ChatRequest(BaseModel):
         """A question."""
@@ -1444,7 +1444,8 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         return nh3.clean(markdown.render(text), set_tag_attribute_values=links)
 
     app = FastAPIOffline(title="RAG", version="1", redoc_url=None, description="Ask documents.")
-    guarded = fastapi.APIRouter(route_class=Guarded)
+    refusals: dict[int | str, dict[str, Any]] = {n: {} for n in (400, 401, 403, 413, 503)}
+    guarded = fastapi.APIRouter(route_class=Guarded, responses=refusals)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> Any:
@@ -1466,7 +1467,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """Whether the process is alive."""
         return {"status": "ok"}
 
-    @guarded.get("/readyz", responses={code: {} for code in (403, 503)})
+    @guarded.get("/readyz")
     async def readyz() -> dict[str, Any]:
         """Whether questions can be asked."""
         index = ready().index
@@ -1476,7 +1477,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
 
     @guarded.post(
         "/chat",
-        responses={code: {} for code in (401, 403, 413, 502, 503)},
+        responses={200: {"content": {"text/event-stream": {}}}, 502: {}},
         dependencies=[place_in("answers", ANSWERS + WAITING)],
     )
     async def chat(body: ChatRequest, request: fastapi.Request) -> Any:
@@ -1562,7 +1563,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
     @guarded.post(
         "/documents",
         status_code=201,
-        responses={code: {} for code in (401, 403, 413, 415, 503)},
+        responses={415: {}},
         dependencies=[changes],
     )
     async def add_document(file: fastapi.UploadFile) -> dict[str, Any]:
@@ -1603,11 +1604,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         chunks = sum(chunk.source == name for chunk in store.index.chunks) if store.index else 0
         return {"source": name, "chunks": chunks} | counts
 
-    @guarded.delete(
-        "/documents/{source:path}",
-        responses={code: {} for code in (401, 403, 404, 503)},
-        dependencies=[changes],
-    )
+    @guarded.delete("/documents/{source:path}", responses={404: {}}, dependencies=[changes])
     async def remove_document(source: str) -> dict[str, Any]:
         """Remove a document. One of --docs comes back with the next start that names it."""
         store = ready()
