@@ -1337,10 +1337,13 @@ async def constant(text: str) -> AsyncGenerator[str | Stop]:
 
 def public(error: Exception) -> str:
     """Say to a stranger why an answer failed: no address, no path, no key."""
-    if isinstance(error, RuntimeError):
+    if type(error) is RuntimeError:
         return str(error)
-    status = getattr(error, "status_code", None)
-    return f"the LLM's service failed (HTTP {status})" if status else "the LLM can't be reached"
+    if status := getattr(error, "status_code", None):
+        return f"the LLM's service failed (HTTP {status})"
+    if type(error).__module__.partition(".")[0] in ("openai", "anthropic", "httpx2"):
+        return "the LLM can't be reached, or it broke off"
+    return "it failed: the server's log says why"
 
 
 # --- API ------------------------------------------------------------------------------------------
@@ -1362,7 +1365,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """A turn of the chat so far."""
 
         role: str = Field(pattern="^(user|assistant)$")
-        content: str = Field(min_length=1, max_length=20_000, pattern=r"\S")
+        content: str = Field(min_length=1, max_length=20_000)
 
     class ChatRequest(BaseModel):
         """A question."""
@@ -1388,7 +1391,11 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             raise fastapi.HTTPException(403, "not from another site")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         probe = request.url.path == "/readyz"  # asked by what watches over servers
-        if key and not probe and not secrets.compare_digest(given.encode("latin-1"), os.fsencode(key)):
+        if (
+            key
+            and not probe
+            and not secrets.compare_digest(given.encode("latin-1"), os.fsencode(key))
+        ):
             hint = {"WWW-Authenticate": "Bearer"}
             raise fastapi.HTTPException(401, "send the key: Authorization: Bearer KEY", hint)
 
@@ -1486,7 +1493,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         With "stream": true the events are `sources`, `token`..., `done`; or `error`.
         """
         store = ready()
-        history = [message.model_dump() for message in body.history]
+        history = [m.model_dump() for m in body.history if m.content.strip()]
 
         async def events() -> AsyncGenerator[tuple[str, Any]]:
             run = answer(body.query, history, store, models, body.top_k, body.generate)
@@ -1537,21 +1544,29 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
                 return fastapi.Response(status_code=499)  # nobody reads it
         return await task
 
-    async def change(store: Store, edit: Callable[[list[Chunk]], list[Chunk]]) -> dict[str, int]:
+    async def work(pool: ThreadPoolExecutor | None, task: Callable[..., Any], *given: Any) -> Any:
+        """Let the store do something in a thread."""
         try:
-            loop = asyncio.get_running_loop()
-            counts = await loop.run_in_executor(indexing, store.change, edit)
+            return await asyncio.get_running_loop().run_in_executor(pool, task, *given)
         except Exception as error:  # the disk is full, Chroma's server is down, we are stopped
             notice(f"error: {explain(error)[0]}")
             hint = {"Retry-After": "60"}
-            raise fastapi.HTTPException(503, "the index can't be changed now", hint) from error
+            raise fastapi.HTTPException(503, "the index can't be used now", hint) from error
+
+    async def change(store: Store, edit: Callable[[list[Chunk]], list[Chunk]]) -> dict[str, int]:
+        counts = await work(indexing, store.change, edit)
         return dict(zip(("added", "reused", "removed"), counts, strict=True))
+
+    async def chunks_of(store: Store) -> list[Chunk]:
+        """The chunks as they are now: on a server, another program may have changed them."""
+        index = await work(None, store.current)
+        return index.chunks if index else []
 
     @guarded.get("/documents")
     async def list_documents() -> dict[str, list[dict[str, Any]]]:
         """List the documents that answers come from."""
         documents: dict[str, dict[str, Any]] = {}
-        for chunk in store.index.chunks if (store := ready()).index else []:
+        for chunk in await chunks_of(ready()):
             first = {"source": chunk.source, "chunks": 0, "pages": None, "uploaded": chunk.uploaded}
             document = documents.setdefault(chunk.source, first)
             document["chunks"] += 1
@@ -1601,14 +1616,14 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             return [*(chunk for chunk in kept if chunk.source != name), *chunks]
 
         counts = await change(store, edit)
-        chunks = sum(chunk.source == name for chunk in store.index.chunks) if store.index else 0
+        chunks = sum(chunk.source == name for chunk in await chunks_of(store))
         return {"source": name, "chunks": chunks} | counts
 
     @guarded.delete("/documents/{source:path}", responses={404: {}}, dependencies=[changes])
     async def remove_document(source: str) -> dict[str, Any]:
         """Remove a document. One of --docs comes back with the next start that names it."""
         store = ready()
-        if not store.index or all(chunk.source != source for chunk in store.index.chunks):
+        if all(chunk.source != source for chunk in await chunks_of(store)):
             raise fastapi.HTTPException(404, "there is no such document")
         counts = await change(store, lambda kept: [c for c in kept if c.source != source])
         return {"source": source} | counts
