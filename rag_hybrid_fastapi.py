@@ -60,6 +60,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zipfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -1383,43 +1384,16 @@ async def constant(text: str) -> AsyncGenerator[str | Stop]:
 
 def public(error: Exception) -> str:
     """Say to a stranger why an answer failed: no address, no path, no key."""
-    if isinstance(error, RuntimeError):
+    if type(error) is RuntimeError:
         return str(error)
-    status = getattr(error, "status_code", None)
-    return f"the LLM's service failed (HTTP {status})" if status else "the LLM can't be reached"
+    if status := getattr(error, "status_code", None):
+        return f"the LLM's service failed (HTTP {status})"
+    if type(error).__module__.partition(".")[0] in ("openai", "anthropic", "httpx2"):
+        return "the LLM can't be reached, or it broke off"
+    return "it failed: the server's log says why"
 
 
 # --- API ------------------------------------------------------------------------------------------
-
-
-class BodyLimit:
-    """ASGI middleware: refuse a request that is longer than its path may be, while it comes."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Count the bytes that come; an announced length is refused at once."""
-        from fastapi.responses import JSONResponse
-
-        limit = MAX_UPLOAD if scope.get("path") == "/documents" else MAX_BODY
-        came, too_long = 0, JSONResponse({"detail": f"longer than {limit:,} bytes"}, 413)
-        announced = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if scope["type"] == "http" and announced.isdigit() and int(announced) > limit:
-            return await too_long(scope, receive, send)
-
-        async def counted() -> Any:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > limit:
-                raise OverflowError
-            return message
-
-        try:
-            await self.app(scope, counted, send)
-        except OverflowError:
-            await too_long(scope, receive, send)
 
 
 def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace) -> Any:
@@ -1428,6 +1402,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
     import nh3
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from fastapi.routing import APIRoute
     from fastapi.sse import format_sse_event
     from fastapi_offline import FastAPIOffline
     from markdown_it import MarkdownIt
@@ -1457,14 +1432,45 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
     def check_caller(request: fastapi.Request) -> None:
         """Demand the key, and refuse other web pages that this browser has open."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        name = urlsplit(f"//{host}").hostname
+        here = key or re.fullmatch(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", host)
         # A page elsewhere may name this machine's address as its own (DNS rebinding), or post here.
-        if (origin and urlsplit(origin).netloc != host) or not (key or name in LOOPBACK):
+        if not here or origin not in (None, f"http://{host}", f"https://{host}"):
             raise fastapi.HTTPException(403, "not from another site")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not secrets.compare_digest(given.encode(), key.encode()):
+        probe = request.url.path == "/readyz"  # asked by what watches over servers
+        if (
+            key
+            and not probe
+            and not secrets.compare_digest(given.encode("latin-1"), os.fsencode(key))
+        ):
             hint = {"WWW-Authenticate": "Bearer"}
             raise fastapi.HTTPException(401, "send the key: Authorization: Bearer KEY", hint)
+
+    class Guarded(APIRoute):
+        """A route that checks who asks, and how much comes, before it reads the body."""
+
+        def get_route_handler(self) -> Any:
+            handle = super().get_route_handler()
+            limit = MAX_UPLOAD if self.path == "/documents" else MAX_BODY
+            too_long = fastapi.HTTPException(413, f"longer than {limit:,} bytes")
+
+            async def guarded(request: fastapi.Request) -> Any:
+                came = 0
+
+                async def receive() -> Any:
+                    nonlocal came
+                    message = await request.receive()
+                    came += len(message.get("body", b""))
+                    if came > limit:
+                        raise too_long
+                    return message
+
+                check_caller(request)
+                if int(request.headers.get("content-length", 0)) > limit:
+                    raise too_long
+                return await handle(fastapi.Request(request.scope, receive))
+
+            return guarded
 
     def ready() -> Store:
         store = store_ready()
@@ -1472,18 +1478,28 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             raise fastapi.HTTPException(503, "the index is being loaded", {"Retry-After": "2"})
         return store
 
-    def admit(queue: str, limit: int) -> None:
-        if waiting[queue] >= limit:
-            raise fastapi.HTTPException(503, "too many at once, try again", {"Retry-After": "5"})
-        waiting[queue] += 1
+    def place_in(queue: str, limit: int) -> Any:
+        """A dependency: holds a place in a queue until the response is sent or its reader left."""
+
+        async def hold() -> AsyncGenerator[None]:
+            if waiting[queue] >= limit:
+                hint = {"Retry-After": "5"}
+                raise fastapi.HTTPException(503, "too many at once, try again", hint)
+            waiting[queue] += 1
+            try:
+                yield
+            finally:
+                waiting[queue] -= 1
+
+        return fastapi.Depends(hold)
 
     def to_html(text: str) -> str:
         links = {"a": {"target": "_blank"}}
         return nh3.clean(markdown.render(text), set_tag_attribute_values=links)
 
     app = FastAPIOffline(title="RAG", version="1", redoc_url=None, description="Ask documents.")
-    app.add_middleware(BodyLimit)
-    guarded = fastapi.APIRouter(dependencies=[fastapi.Depends(check_caller)])
+    refusals: dict[int | str, dict[str, Any]] = {n: {} for n in (400, 401, 403, 413, 503)}
+    guarded = fastapi.APIRouter(route_class=Guarded, responses=refusals)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> Any:
@@ -1505,34 +1521,32 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """Whether the process is alive."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
-    async def readyz() -> Any:
+    @guarded.get("/readyz")
+    async def readyz() -> dict[str, Any]:
         """Whether questions can be asked."""
-        if not (store := store_ready()):
-            return JSONResponse({"status": "loading"}, 503, {"Retry-After": "2"})
-        chunks = len(store.index.chunks) if store.index else 0
+        index = ready().index
+        chunks = len(index.chunks) if index else 0
         names = {"model": args.model, "embed_model": args.embed_model}
         return {"status": "ready", "chunks": chunks} | names
 
-    @guarded.post("/chat", responses={code: {} for code in (401, 403, 413, 502, 503)})
+    @guarded.post(
+        "/chat",
+        responses={200: {"content": {"text/event-stream": {}}}, 502: {}},
+        dependencies=[place_in("answers", ANSWERS + WAITING)],
+    )
     async def chat(body: ChatRequest, request: fastapi.Request) -> Any:
         """Answer a question from the documents.
 
         With "stream": true the events are `sources`, `token`..., `done`; or `error`.
         """
         store = ready()
-        admit("answers", ANSWERS + WAITING)
-        history = [message.model_dump() for message in body.history]
+        history = [m.model_dump() for m in body.history if m.content.strip()]
 
         async def events() -> AsyncGenerator[tuple[str, Any]]:
-            try:
-                async with turns:
-                    run = answer(body.query, history, store, models, body.top_k, body.generate)
-                    async with aclosing(run):
-                        async for event in run:
-                            yield event
-            finally:
-                waiting["answers"] -= 1
+            run = answer(body.query, history, store, models, body.top_k, body.generate)
+            async with turns if body.generate else nullcontext(), aclosing(run):
+                async for event in run:
+                    yield event
 
         def say(error: Exception) -> str:
             notice(f"error: {explain(error)[0]}")  # the whole of it only here
@@ -1574,39 +1588,51 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         while not (await asyncio.wait({task}, timeout=0.3))[0]:
             if await request.is_disconnected():
                 task.cancel()
+                return fastapi.Response(status_code=499)  # nobody reads it
         return await task
 
-    async def change(store: Store, edit: Callable[[list[Chunk]], list[Chunk]]) -> dict[str, int]:
-        admit("changes", 8)
+    async def work(pool: ThreadPoolExecutor | None, task: Callable[..., Any], *given: Any) -> Any:
+        """Let the store do something in a thread."""
         try:
-            loop = asyncio.get_running_loop()
-            counts = await loop.run_in_executor(indexing, store.change, edit)
-        except Failure as error:
-            notice(f"error: {error}")
-            raise fastapi.HTTPException(503, "the index can't be changed now") from error
-        finally:
-            waiting["changes"] -= 1
+            return await asyncio.get_running_loop().run_in_executor(pool, task, *given)
+        except Exception as error:  # the disk is full, Chroma's server is down, we are stopped
+            notice(f"error: {explain(error)[0]}")
+            hint = {"Retry-After": "60"}
+            raise fastapi.HTTPException(503, "the index can't be used now", hint) from error
+
+    async def change(store: Store, edit: Callable[[list[Chunk]], list[Chunk]]) -> dict[str, int]:
+        counts = await work(indexing, store.change, edit)
         return dict(zip(("added", "reused", "removed"), counts, strict=True))
+
+    async def chunks_of(store: Store) -> list[Chunk]:
+        """The chunks as they are now: on a server, another program may have changed them."""
+        index = await work(None, store.current)
+        return index.chunks if index else []
 
     @guarded.get("/documents")
     async def list_documents() -> dict[str, list[dict[str, Any]]]:
         """List the documents that answers come from."""
         documents: dict[str, dict[str, Any]] = {}
-        for chunk in store.index.chunks if (store := ready()).index else []:
+        for chunk in await chunks_of(ready()):
             first = {"source": chunk.source, "chunks": 0, "pages": None, "uploaded": chunk.uploaded}
             document = documents.setdefault(chunk.source, first)
             document["chunks"] += 1
             document["pages"] = chunk.page and max(document["pages"] or 0, chunk.page)
         return {"documents": list(documents.values())}
 
+    changes = place_in("changes", 8)
+
     @guarded.post(
-        "/documents", status_code=201, responses={c: {} for c in (401, 403, 413, 415, 503)}
+        "/documents",
+        status_code=201,
+        responses={415: {}},
+        dependencies=[changes],
     )
     async def add_document(file: fastapi.UploadFile) -> dict[str, Any]:
         """Add a document, or replace the one of the same name."""
         store = ready()
         # The name is only ever a name: no path is made of it.
-        name = one_line(printable(re.split(r"[/\\]", file.filename or "")[-1]))[:200]
+        name = one_line(printable(re.split(r"[/\\]", file.filename or "")[-1]))[-200:].strip()
         kind = Path(name).suffix.lower()
         if kind not in KINDS:
             raise fastapi.HTTPException(415, f"the kind is none of {' '.join(KINDS)}")
@@ -1616,6 +1642,9 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder, f"upload{kind}")
                 place.write_bytes(content)
+                parts = zipfile.ZipFile(place).infolist() if kind == ".docx" else []
+                if sum(part.file_size for part in parts) > 10 * MAX_UPLOAD:
+                    raise ValueError("it unpacks to more than memory may hold")
                 texts = [t.encode(errors="replace").decode() for t in read_pages(place)]
             numbered = enumerate(texts, 1)
             return [
@@ -1623,7 +1652,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             ]
 
         try:
-            documents = await loop.run_in_executor(None, read)
+            documents = await loop.run_in_executor(indexing, read)
         except Exception as error:
             raise fastapi.HTTPException(422, "the file can't be read: is it broken?") from error
         if not documents:
@@ -1634,14 +1663,14 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
             return [*(chunk for chunk in kept if chunk.source != name), *chunks]
 
         counts = await change(store, edit)
-        chunks = sum(chunk.source == name for chunk in store.index.chunks) if store.index else 0
+        chunks = sum(chunk.source == name for chunk in await chunks_of(store))
         return {"source": name, "chunks": chunks} | counts
 
-    @guarded.delete("/documents/{source:path}", responses={c: {} for c in (401, 403, 404, 503)})
+    @guarded.delete("/documents/{source:path}", responses={404: {}}, dependencies=[changes])
     async def remove_document(source: str) -> dict[str, Any]:
         """Remove a document. One of --docs comes back with the next start that names it."""
         store = ready()
-        if not store.index or all(chunk.source != source for chunk in store.index.chunks):
+        if all(chunk.source != source for chunk in await chunks_of(store)):
             raise fastapi.HTTPException(404, "there is no such document")
         counts = await change(store, lambda kept: [c for c in kept if c.source != source])
         return {"source": source} | counts
@@ -1657,10 +1686,9 @@ def serve(args: argparse.Namespace) -> int:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         bound = socket.create_server((args.host, args.port), family=family)
-    except OSError as error:
-        raise Failure(
-            f"can't listen at {args.host}:{args.port}: choose a --port ({error})"
-        ) from error
+    except (OSError, OverflowError) as error:
+        hint = f"choose a --port ({error})"
+        raise Failure(f"can't listen at {args.host}:{args.port}: {hint}") from error
     host, port = bound.getsockname()[:2]
     opened: list[Store] = []  # the store, once it is loaded
     failed: list[Exception] = []
