@@ -903,6 +903,14 @@ def test_clients_that_leave_at_once_take_no_place_with_them(narrow: Own, llm: Fa
     assert "Traceback" not in narrow.err()
 
 
+def test_answers_that_fail_give_their_places_back(narrow: Own, llm: FakeLLM) -> None:
+    llm.fail(times=None, status=400)
+    with browse(narrow.url()) as client:
+        bodies = [{"query": "Who is the miller?", "stream": n % 2 == 0} for n in range(8)]
+        codes = [client.post("/chat", json=body).status_code for body in bodies]
+    assert codes == [200, 502] * 4
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
