@@ -702,13 +702,14 @@ def tiny(tmp_path_factory):
         "num_attention_heads": 2,
         "intermediate_size": 64,
     }
+    one_score: dict[str, Any] = {**sizes, "num_labels": 1}
     folders = {}
     for name, kind, config in (
         ("bge-tiny-en-v1.5", BertModel, BertConfig(hidden_size=384, **sizes)),
         (
             "cross",
             BertForSequenceClassification,
-            BertConfig(hidden_size=64, **sizes | {"num_labels": 1}),
+            BertConfig(hidden_size=64, **one_score),
         ),
     ):
         folders[name] = tmp_path_factory.mktemp("tiny") / name
