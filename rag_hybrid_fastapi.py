@@ -2150,10 +2150,11 @@ dialog::backdrop { background: #0007; }
   max-height: 65dvh; overflow-y: auto; padding-top: 0; box-shadow: 0 0 1.5rem #0004;
 }
 #drawer > .row { position: sticky; top: 0; padding: .8rem 0; background: var(--card); }
-#drawer td > div { min-width: 13rem; overflow-wrap: anywhere; }
+#drawer td > div { min-width: 11rem; overflow-wrap: anywhere; }
+#drawer :is(th, td) { padding-inline: .3rem; font-size: .85rem; }
 @media (min-width: 60rem) {
-  #drawer { inset: 0 0 0 auto; width: 42vw; height: 100dvh; max-height: none; border-radius: 0; }
-  body:has(#drawer[open]) { padding-right: 42vw; }
+  #drawer { inset: 0 0 0 auto; width: 50vw; height: 100dvh; max-height: none; border-radius: 0; }
+  body:has(#drawer[open]) { padding-right: 50vw; }
 }
 @media (max-width: 30rem) {
   header .row { flex-wrap: wrap; }
