@@ -35,7 +35,7 @@ generate, and check the citations. A chat page shows what each stage did.
     uv run rag_hybrid_fastapi.py --docs notes/ --retrieve-only --json "What did we decide?"
 
 The LLM: gpt-4o where OPENAI_API_KEY is set, Claude where ANTHROPIC_API_KEY is, else Ollama, else a
-tiny embedded one, which proves the loop and no more; --llm chooses. Needs 1.3 GB of memory, and at
+tiny embedded one, which proves the loop and no more; --llm chooses. Needs 1.5 GB of memory, and at
 first 0.6 GB of packages (3.4 GB on Linux: the lines above say how to take less). On another address
 than this machine's own it demands RAG_API_KEY. The smaller scripts show one stage at a time: read
 rag_chroma_claude.py first.
