@@ -735,7 +735,10 @@ class Store:
                 )  # in an order of its own
                 vectors = dict(zip(found["ids"], found["embeddings"], strict=True))
                 self.add(collection, block, [vectors[row] for row in old], version + 1)
-            missing = [c for c in new if c.text not in vectors_of]
+            # Like lengths in a block: short texts are padded to the longest, and that costs a third.
+            missing = sorted(
+                (c for c in new if c.text not in vectors_of), key=lambda c: len(c.text)
+            )
             with tqdm(
                 total=len(missing), desc="embedding", unit="chunk", delay=2, disable=None
             ) as bar:
