@@ -735,10 +735,9 @@ class Store:
                 )  # in an order of its own
                 vectors = dict(zip(found["ids"], found["embeddings"], strict=True))
                 self.add(collection, block, [vectors[row] for row in old], version + 1)
-            # Like lengths in a block: short texts are padded to the longest, and that costs a third.
-            missing = sorted(
-                (c for c in new if c.text not in vectors_of), key=lambda c: len(c.text)
-            )
+            missing = [c for c in new if c.text not in vectors_of]
+            # Like lengths in a block: a text is padded to the longest, which cost a third.
+            missing.sort(key=lambda chunk: len(chunk.text))
             with tqdm(
                 total=len(missing), desc="embedding", unit="chunk", delay=2, disable=None
             ) as bar:
