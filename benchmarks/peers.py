@@ -72,11 +72,7 @@ THREADS = {  # as many for all; idle ones sleep, or they would fight each other 
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "true",
 }
-# Whether more is better, of the figures that are told beside the floor's.
-BESIDE = {
-    "ready s": False, "chunks/s": True, "query ms": False, "memory MB": False,
-    "installed MB": False,
-}  # fmt: skip
+BESIDE = ("ready s", "chunks/s", "query ms", "p95 ms", "memory MB", "installed MB")
 TIMES = ("import s", "load s", "ready s", "chunks/s", "query ms", "p95 ms", "memory MB")
 
 
@@ -353,8 +349,8 @@ def print_tables(figures: dict[str, Any]) -> None:
     console.print(table)
     if any("ratios" in row for row in rows.values()):
         beside = Table("contender", title="ratio to the floor", title_justify="left")
-        for what, more in BESIDE.items():
-            beside.add_column(f"{what} ({'more' if more else 'less'} is better)", justify="right")
+        for what in BESIDE:
+            beside.add_column(what, justify="right")
         for name, row in rows.items():
             if "ratios" in row:
                 cells = (f"{row['ratios'][what]:.2f}" for what in BESIDE)
