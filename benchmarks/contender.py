@@ -1,9 +1,12 @@
 """Let one contender of peers.py do the work in this process, and print as JSON what it took.
 
-    PYTHON benchmarks/contender.py benchmarks/peers/txtai.py WORK [--import NAME] [--option WORD]
+    PYTHON benchmarks/contender.py benchmarks/peers/txtai.py WORK [--import MODULE]
+           [--option WORD] [--package NAME]
 
 WORK is a JSON file: {"corpus": {id: text}, "questions": [str]}. PYTHON is that of the contender's
-environment: so this file imports nothing but the standard library, and is no part of its code.
+environment: so this file imports nothing but the standard library, and is no part of its code,
+which has three functions: `load(model, *options)`, `index(embedder, corpus)`, and
+`query(index, question, k)`, which returns ids, the nearest first.
 """
 
 from __future__ import annotations
@@ -43,12 +46,13 @@ def execute(file: Path, postponed: list[str]) -> Any:
 
 def main() -> None:
     """Import, load, index, ask: in this order, each timed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--import", action="append", default=[], dest="postponed")
-    parser.add_argument("--option", action="append", default=[])
-    parser.add_argument("--package", action="append", default=[])
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("file", type=Path)
+    add("work", type=Path)
+    add("--import", action="append", default=[], dest="postponed", help="used late by its library")
+    add("--option", action="append", default=[], help="for the contender's `load`")
+    add("--package", action="append", default=[], help="whose version is told")
     args = parser.parse_args()
     work = json.loads(args.work.read_text(encoding="utf-8"))
     # Found without importing the package, as the scripts find it.

@@ -7,7 +7,7 @@
 # ///
 """Measure our retrieval beside LangChain, LlamaIndex, Haystack, txtai, and beside the floor.
 
-    uv run benchmarks/peers.py                                # 30 minutes on two cores
+    uv run benchmarks/peers.py                                # 35 minutes on two calm cores
     uv run benchmarks/peers.py --only floor dense txtai --rounds 1
     uv run benchmarks/peers.py --data FOLDER    # corpus.jsonl {id, text}, and queries.jsonl
                                                 # {question, relevant_ids}
@@ -17,9 +17,9 @@ of the data, each of which is one chunk (no splitter is asked), and find ten of 
 question. benchmarks/peers/ has how each does it, by its documented way and with its defaults. The
 floor is sentence-transformers' `encode` and one matrix product. The ratios are to it.
 
-Each contender runs in a process and an environment of its own; the first run makes these, and
-downloads 3 GB at most. They take turns, in changing order, and each figure is the median of the
-rounds: what else the machine does hits all. Every run is told to stay offline.
+Each contender runs in a process and an environment of its own; the first run makes these (on Linux
+3.4 GB to download, 12 GB of disk). They take turns, in changing order, and each figure is the
+median of the rounds: what else the machine does hits all. Every run is told to stay offline.
 
 import s     what the libraries take to import, also what they put off until they are used
 load s       the model, from its files

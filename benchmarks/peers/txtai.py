@@ -11,7 +11,8 @@
 # ///
 """txtai: an Embeddings database that keeps its content.
 
-By default txtai runs the model with transformers and its own pooling, not sentence-transformers.
+By default txtai runs the model with transformers and its own pooling, without
+sentence-transformers, and reads 512 word pieces of a text: the others read 256, as the model says.
 """
 
 from typing import Any
