@@ -62,7 +62,9 @@ def main() -> None:
     contender, importing = timed(execute, args.file, args.postponed)
     embedder, loading = timed(contender.load, model, *args.option)
     ready_at = time.time()
+    worked = time.process_time()
     index, indexing = timed(contender.index, embedder, work["corpus"])
+    worked = time.process_time() - worked  # of all threads
     contender.query(index, work["questions"][-1], K)  # a warm-up
     asked = [timed(contender.query, index, question, K) for question in work["questions"]]
     unit = 1 if sys.platform == "darwin" else 1_024  # bytes
@@ -71,6 +73,7 @@ def main() -> None:
         "load s": loading,
         "ready at": ready_at,
         "index s": indexing,
+        "index CPU s": worked,
         "query ms": [1_000 * seconds for _, seconds in asked],
         "memory MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
         "found": [ids for ids, _ in asked],
