@@ -2,7 +2,6 @@
 
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
-import importlib.metadata
 import json
 import math
 import os
@@ -122,18 +121,15 @@ def test_every_contender_has_its_code_and_our_model_and_date():
         assert needs["tool"]["uv"]["exclude-newer"] == "2026-11-14T00:00:00Z"
 
 
-def test_our_contenders_and_the_floor_still_fit_the_scripts_and_find_the_paragraph():
-    model = str(importlib.metadata.distribution(contender.MODEL[0]).locate_file(contender.MODEL[1]))
-    corpus = {"ship": "The ferry sails at noon.", "bee": "Una keeps bees.", "oven": "Bread bakes."}
-    rankings = {}
-    for name in ("floor", "dense", "hybrid", "hybrid-plain"):
-        who = peers.CONTENDERS[name]
-        code = contender.execute(who.code, [])
-        index = code.index(code.load(model, *who.options), corpus)
-        rankings[name] = code.query(index, "When does the boat leave?", 3)
-        assert sorted(rankings[name]) == sorted(corpus), name
-    assert rankings["floor"] == rankings["dense"]
-    assert {ranking[0] for ranking in rankings.values()} == {"ship"}
+@pytest.mark.parametrize("name", ["dense", "hybrid", "hybrid-plain"])
+def test_our_contenders_call_what_their_script_still_has(name):
+    who = peers.CONTENDERS[name]
+    code = contender.execute(who.code, [])
+    assert Path(code.rag.__file__) == ROOT / who.script
+    used = set(re.findall(r"\brag\.(\w+)", who.code.read_text("utf-8")))
+    assert used
+    assert {each for each in used if not hasattr(code.rag, each)} == set()
+    code.rag.parse_arguments(["a question", "--retrieve-only", "--top-k", "10", *who.options])
 
 
 def test_a_contender_works_in_its_own_process(contenders):
@@ -216,6 +212,18 @@ def test_bad_arguments_are_exit_code_2(args):
     assert "Traceback" not in done.stderr
 
 
+def is_gone_soon(pid):
+    """Whether a process that was killed ends: whoever inherits it may take a moment to notice."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_ctrl_c_ends_the_contender_and_shows_what_was_measured(tmp_path):
     pid = tmp_path / "pid"
     slow = (
@@ -244,5 +252,4 @@ def test_ctrl_c_ends_the_contender_and_shows_what_was_measured(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert json.loads(out)["contenders"]["slow"]["error"] == "not measured"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert is_gone_soon(int(pid.read_text()))
