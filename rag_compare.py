@@ -13,24 +13,23 @@
 Run each script as a black box, one after the other; check what it prints; work out its figures;
 show all side by side, with the answers and the passages in which they differ.
 
-    uv run rag_compare.py                                  # all that can run here, built-in questions
+    uv run rag_compare.py                                     # whatever can run here, built-in set
     uv run rag_compare.py --docs notes/ --questions questions.jsonl
     uv run rag_compare.py rag_chroma_claude.py "rag_local_ollama.py --llm embedded" --report r.html
 
 A line of the questions' file: {"question": "...", "relevant": ["file.md"], "answer": "..."}. The
-last two may be left out. "relevant": [] says that no document answers it: a refusal is right.
-Any script takes part whose command line and --json are the collection's; one argument may hold a
-script and options for it. One that can't run here (exit code 2: no key, no server) is a line that
-says why. The first question is asked while a script indexes the documents, all others in a second
-process on the kept index, whose start is the warm start. --trace keeps what the scripts printed, and
-compares with the newest run of the same questions and documents that is kept there.
+last two may be left out; "relevant": [] says that no document answers it, so a refusal is right.
+Any script takes part whose command line and JSON are the collection's; an argument may hold options
+for it. The first question is asked while a script indexes the documents, the others in a second
+process on the kept index: its start is the warm start. --trace keeps what the scripts print, and
+compares with the newest run of the same questions and documents that it has kept.
 
-First download: the packages for this machine; weights that a script fetches from elsewhere (Ollama's
-models, a hub's) are not in it. Costs: the LLM's tokens, not those of embeddings. "-": not known.
-Needs what the scripts need: with --retrieve-only no LLM and no LLM's key. Answers of hosted LLMs
-cost what they cost anywhere. First download of this script itself: 40 MB.
-Exit code 0: compared. 1: a script failed, or could not answer a question. 2: nothing could run here,
-or the command line or a file of yours is to be mended. 130: Ctrl-C, after what was measured.
+"-": not known. First download: the packages for this machine, without what a script fetches from
+elsewhere (Ollama's models). Cost: the LLM's tokens, without those of embeddings; asking hosted
+LLMs costs money here too (--retrieve-only asks none). This file's own packages are 40 MB.
+Exit code 0: compared; a script that can't run here (its code was 2: no key...) is a line that says
+why. 1: a script failed, or some question. 2: no script could run, or something of yours is to be
+mended. 130: Ctrl-C, after showing what was measured.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ import textwrap
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,26 +71,27 @@ MAX_LINE = 10_000_000  # characters of a line that are read: a record has some t
 # Bytes of questions on one command line. Systems take 32 kB (Windows) to 2 MB with the environment.
 MAX_ARGUMENTS = 20_000 if os.name == "nt" else 200_000
 SHOWN = 20  # questions on a terminal
+MIN_CHUNKS = 100  # with fewer, the time of indexing is that of imports
 RESAMPLES = 2_000  # of the bootstrap: the ends of an interval are then good to two digits
 # USD for a million tokens, in and out, as looked up on 2026-11-21 (the providers' list prices).
-PRICES = {"gpt-4o": (2.50, 10.00), "claude-sonnet-4-6": (3.00, 15.00)}
+Prices = dict[str, tuple[float, float]]
+PRICES: Prices = {"gpt-4o": (2.50, 10.00), "claude-sonnet-4-6": (3.00, 15.00)}
 
 DOCUMENTS = {
-    "press.md": "# The cider press\n\nThe press of Quillmere Orchard was built by Edda Thornquist in "
-    "1911. It squeezes 640 litres of juice in a day. Its seal has the part number QM-4471-B and is "
-    "renewed after every harvest.",
-    "old-press.md": "# The old press\n\nAn older press, of elm, stands in the barn. It squeezed 200 "
-    "litres in a day, and nobody knows who built it. Its seal was of leather, without a number.",
-    "bees.md": "# Bees\n\nForty hives stand between the rows from April to July. Joost Varley looks "
-    "after them and is paid in honey. A hive that swarms is moved to the quarry meadow.",
-    "frost.md": "# Frost\n\nBelow minus 2 degrees blossom dies. Then a horn sounds three times, and "
-    "everybody lights the stoves between the trees. There are 85 stoves, each with 9 litres of oil.",
-    "shop.md": "# The shop\n\nThe shop opens on Friday and Saturday from 10 to 16. A bottle of cider "
-    "costs 7 crowns; the deposit of 1 crown is paid back. Cards are not taken.",
-    "varieties.md": "# Varieties\n\nMost trees are Quillmere Russet, which keeps until March. Silver "
-    "Anna is eaten at once, for it goes soft in a week. Perry pears were grubbed up in 1987.",
+    "press.md": "The cider press of Quillmere Orchard was built by Edda Thornquist in 1911. It "
+    "squeezes 640 litres in a day. Its seal has the part number QM-4471-B.",
+    "old-press.md": "An older press, of elm, stands in the barn. It squeezed 200 litres in a day; "
+    "nobody knows who built it. Its seal was of leather and had no part number.",
+    "bees.md": "Forty hives stand between the rows from April to July. Joost Varley looks after "
+    "them and is paid in honey. A hive that swarms is moved to the quarry meadow.",
+    "frost.md": "Below minus 2 degrees the blossom dies. A horn then sounds three times, and all "
+    "light the stoves between the trees. There are 85 stoves, each with 9 litres of oil.",
+    "shop.md": "The shop opens on Friday and Saturday from 10 to 16. A bottle of cider costs 7 "
+    "crowns. The deposit of 1 crown is paid back. Cards are not taken.",
+    "varieties.md": "Most trees are Quillmere Russet, which keeps until March. Silver Anna goes "
+    "soft in a week and is eaten at once. The perry pears were grubbed up in 1987.",
 }
-QUESTIONS = [
+QUESTIONS = [  # with the document that answers it, and the answer
     ("Who built the cider press of Quillmere Orchard?", "press.md", "Edda Thornquist"),
     ("How many litres does the cider press squeeze in a day?", "press.md", "640"),
     ("What is QM-4471-B?", "press.md", "seal"),
@@ -101,10 +101,12 @@ QUESTIONS = [
     ("How many stoves are there between the trees?", "frost.md", "85"),
     ("How are the workers warned on a cold night?", "frost.md", "horn"),  # in other words
     ("What does a bottle of cider cost?", "shop.md", "7 crowns"),
-    ("Which apple keeps until March?", "varieties.md", "Quillmere Russet"),
+    ("Which apple can be stored through the winter?", "varieties.md", "Quillmere Russet"),
     ("What is the surname of the orchard's lawyer?", None, None),  # nothing tells
     ("Which football club does the village support?", None, None),
 ]
+COLORS = ["#2f7fc1", "#d9822b", "#3d9a5f", "#b55aa8", "#b8960c", "#c8504b"]  # on light and dark
+HATCHES = ["", "//", ".."]  # told apart without colours too
 
 
 class Failure(Exception):
@@ -170,6 +172,7 @@ class Script:
 
     name: str
     path: Path
+    file: str  # its records, in a folder of --trace
     options: list[str] = field(default_factory=list)
     status: str = "not run"  # then ok, unable (can't run here), failed
     reason: str | None = None
@@ -187,21 +190,19 @@ class Script:
 
 def find_scripts(typed: list[str]) -> list[Script]:
     """Read the arguments that name scripts, or else take the rag_*.py beside this file."""
-    own = Path(__file__).resolve()
-    if not typed:
-        beside = [path for path in sorted(own.parent.glob("rag_*.py")) if path != own]
-        if not beside:
-            raise Failure("no rag_*.py stands beside this file: name scripts to compare")
-        return [Script(path.name, path) for path in beside]
-    scripts = []
-    for name in dict.fromkeys(typed):
+    own, scripts = Path(__file__).resolve(), []
+    beside = [str(path) for path in sorted(own.parent.glob("rag_*.py")) if path != own]
+    for number, name in enumerate(dict.fromkeys(typed or beside), 1):
         try:
             path, *options = [name] if Path(name).is_file() else shlex.split(name)
         except ValueError as error:  # nothing in it, or an open quote
             raise Failure(f"{name!r} is no script with options: {error}") from error
         if not Path(path).is_file():
             raise Failure(f"no such script: {path}")
-        scripts.append(Script(name, Path(path), options))
+        file = re.sub("[^A-Za-z0-9]+", "-", f"{number} {short(name)}")[:60] + ".jsonl"
+        scripts.append(Script(name if typed else Path(name).name, Path(path), file, options))
+    if not scripts:
+        raise Failure("no rag_*.py stands beside this file: name scripts to compare")
     return scripts
 
 
@@ -261,24 +262,20 @@ def matches(label: str, source: str) -> bool:
     return f"/{source}".replace("\\", "/").endswith(f"/{label.removeprefix('./')}")
 
 
-def read_prices(file: Path | None) -> dict[str, tuple[float, float]]:
+def read_prices(file: Path | None) -> Prices:
     """Read {"model": [in, out]}, USD a million tokens, which go before the built-in prices."""
-    if file is None:
-        return dict(PRICES)
-    prices: dict[str, tuple[float, float]] = dict(PRICES)
     try:
-        for model, (given, made) in json.loads(file.read_text("utf-8")).items():
-            prices[model] = float(given), float(made)
+        given = json.loads(file.read_text("utf-8")) if file else {}
+        return PRICES | {name: (float(i), float(o)) for name, (i, o) in given.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         hint = 'it holds {"model": [USD a million tokens in, out]}'
-        raise Failure(f"the prices in {file} can't be read, {hint} ({one_line(error)})") from error
-    return prices
+        raise Failure(f"the prices in {file} can't be read, {hint} ({error})") from error
 
 
 # --- running the scripts --------------------------------------------------------------------------
 
 
-def lines_of(command: list[str], timeout: float) -> Iterator[tuple[str, str]]:
+def lines_of(command: list[str], timeout: float) -> Generator[tuple[str, str]]:
     """Run a command. Yields ("stdout" or "stderr", line) as they come, at last ("exit", code).
 
     The command has a process group of its own, which has ended when this ends, however that is.
@@ -337,7 +334,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def judge(code: int, errors: list[str]) -> tuple[str, str | None]:
     """Say what an exit code means: the status, and the script's own last words as the reason."""
-    said = textwrap.shorten(one_line(printable(errors[-1] if errors else "")), 300)
+    said = cut(errors[-1], 300) if errors else ""
     if code == 0:
         return "ok", None
     number = code - 128 if code > 128 else -code  # uv reports its child's signal as a shell does
@@ -391,12 +388,13 @@ def ask(
             try:
                 record = Record.model_validate_json(line)
             except ValidationError as error:
-                text = textwrap.shorten(one_line(printable(line)), 80)
-                raise Trouble(f"{place} is no record: {text} ({first_fault(error)})") from error
+                raise Trouble(
+                    f"{place} is no record: {cut(line, 80)} ({first_fault(error)})"
+                ) from error
             if answered == len(questions):
                 raise Trouble(f"{place} is an answer more than there were questions")
             if record.question.strip() != questions[answered].strip():
-                text = textwrap.shorten(one_line(printable(record.question)), 80)
+                text = cut(record.question, 80)
                 raise Trouble(f"{place} answers {text!r}, which was not the next question")
             if not answered and second:
                 spent = (record.seconds.retrieve or 0) + (record.seconds.generate or 0)
@@ -535,7 +533,7 @@ def interval(values: list[float]) -> dict[str, float] | None:
 
 
 def normalize(text: str) -> str:
-    """Drop case, punctuation, articles and white space as SQuAD's evaluation does; citations too."""
+    """Drop case, punctuation and articles as SQuAD's evaluation does, and citations."""
     text = re.sub(r"\[\d+\??\]", " ", text.lower())
     text = "".join(character for character in text if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
@@ -547,7 +545,7 @@ def contains(answer: str | None, expected: str) -> float:
 
 
 def shingles(texts: list[str]) -> set[tuple[str, ...]]:
-    """All runs of five words of some texts (Broder, 1997): what they share, however they are cut."""
+    """All runs of five words (Broder, 1997): texts that are cut otherwise share them."""
     lists = [re.findall(r"\w+", text.lower()) for text in texts]
     return {tuple(words[n : n + 5]) for words in lists for n in range(max(1, len(words) - 4))}
 
@@ -557,111 +555,116 @@ def jaccard(one: set[Any], other: set[Any]) -> float:
     return len(one & other) / len(one | other) if one or other else 1.0
 
 
-def percentile(values: list[float | None], share: float) -> float | None:
-    """A percentile of the values that are known."""
-    import numpy as np
-
-    known = [value for value in values if value is not None]
-    return float(np.percentile(known, share)) if known else None
-
-
-def mean(values: list[float]) -> float | None:
-    """The mean, or None where there is no value."""
-    return sum(values) / len(values) if values else None
-
-
 def lookups(records: list[Record]) -> list[float | None]:
     """Seconds of retrieval, a question each.
 
     A script that looks all questions up at once gives each record of a process the time of all:
     the same number, which is then shared among them.
     """
-    times = [record.seconds.retrieve for record in records[1:]]  # the second process, and others
-    count = {value: times.count(value) for value in set(times)}
-    return [r.seconds.retrieve for r in records[:1]] + [t and t / count[t] for t in times]
+    times = [record.seconds.retrieve for record in records]
+    return [time and time / times.count(time) for time in times]
+
+
+def total(*parts: float | None) -> float | None:
+    """The sum, if all of it is known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def middle(values: list[float | None], share: float = 50, unit: float = 1) -> float | None:
+    """A percentile of the values that are known, the median, times `unit`."""
+    import numpy as np
+
+    known = [value for value in values if value is not None]
+    return float(np.percentile(known, share)) * unit if known else None
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean of the values that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def cost(record: Record, prices: Prices) -> float | None:
+    """USD for what the LLM read and wrote."""
+    if not record.usage or record.model not in prices:
+        return None
+    read, written = prices[record.model]
+    return (record.usage.input_tokens * read + record.usage.output_tokens * written) / 1e6
 
 
 def work_out(
-    script: Script,
-    questions: list[Question],
-    prices: dict[str, tuple[float, float]],
-    retrieve_only: bool,
+    script: Script, questions: list[Question], prices: Prices, retrieve_only: bool
 ) -> dict[str, Any]:
-    """Work out a script's figures. None: not known."""
+    """Work out a script's figures, by name. None: not known. Shares are 0 to 1."""
     from pygount import SourceAnalysis
 
-    records = script.records
+    records, found = script.records, lookups(script.records)
     pairs = list(zip(questions, records, strict=False))
-    looked = lookups(records)
-    waits = [
-        (r.seconds.first_token, r.seconds.generate) if r.answer else (None, None) for r in records
+    timed = [
+        (s, r.seconds.first_token, r.seconds.generate)
+        for s, r in zip(found, records, strict=True)
+        if r.answer
     ]
-    first = [
-        s + w[0] if None not in (s, w[0]) else None for s, w in zip(looked, waits, strict=True)
-    ]
-    whole = [
-        s + w[1] if None not in (s, w[1]) else None for s, w in zip(looked, waits, strict=True)
-    ]
-    used = [record for record in records if record.usage]
-    priced = [(r.usage, prices[r.model]) for r in used if r.usage and r.model in prices]
-    costs = [(u.input_tokens * i + u.output_tokens * o) / 1e6 for u, (i, o) in priced]
-    labelled = [(rank_documents(r.sources, q.relevant), q.relevant) for q, r in pairs if q.relevant]
+    whole = [total(search, generate) for search, _, generate in timed]
+    used = [r.usage for r in records if r.usage]
+    priced = [cost(record, prices) for record in records if record.usage]
+    ranked = [(rank_documents(r.sources, q.relevant), q.relevant) for q, r in pairs if q.relevant]
     said = [] if retrieve_only else [(q, r) for q, r in pairs if not r.error]
-    expected = [(q.answer, r) for q, r in pairs if q.answer and not retrieve_only]
-    first_index = records[0].seconds.index if records else None
-    indexing = (first_index or 0.0) - script.opening
-    measured = script.chunks and first_index and indexing > first_index / 2
+    expected = [] if retrieve_only else [(q.answer, r.answer) for q, r in pairs if q.answer]
+    index = (records[0].seconds.index or 0.0) - script.opening
+    is_rate = (script.chunks or 0) >= MIN_CHUNKS and index > script.opening
     source = SourceAnalysis.from_file(str(script.path), "compare")
     return {
-        "download_mb": script.download,
-        "setup_s": script.setup,
-        "warm_start_s": script.warm_start,
+        "hit_at_k": interval([hit(*each) for each in ranked]),
+        "mrr_at_10": interval([reciprocal_rank(*each) for each in ranked]),
+        "ndcg_at_10": interval([ndcg(*each) for each in ranked]),
+        "contains_expected": interval([contains(text, wanted) for wanted, text in expected]),
+        "refused_unanswerable": mean([r.refused for q, r in said if q.relevant == []]),
+        "refused_answerable": mean([r.refused for q, r in said if q.relevant]),
+        "retrieve_ms_p50": middle(found, 50, 1_000),
+        "retrieve_ms_p95": middle(found, 95, 1_000),
+        "first_token_s_p50": middle([total(search, first) for search, first, _ in timed]),
+        "answer_s_p50": middle(whole),
+        "answer_s_p95": middle(whole, 95),
+        "retrieve_s": mean(found),
+        "wait_s": mean([first for _, first, _ in timed]),
+        "rest_s": mean([total(whole, -(first or 0.0)) for _, first, whole in timed]),
+        "input_tokens": mean([usage.input_tokens for usage in used]),
+        "output_tokens": mean([usage.output_tokens for usage in used]),
+        "usd_per_1000": None if None in priced else middle([mean(priced)], unit=1_000),
         "chunks": script.chunks,
-        "indexing_s": indexing if measured else None,
-        "chunks_per_s": script.chunks / indexing if script.chunks and measured else None,
-        "retrieve_ms_p50": (p := percentile(looked, 50)) and p * 1_000,
-        "retrieve_ms_p95": (p := percentile(looked, 95)) and p * 1_000,
-        "first_token_s_p50": percentile(first, 50),
-        "answer_s_p50": percentile(whole, 50),
-        "answer_s_p95": percentile(whole, 95),
-        "input_tokens": mean([float(r.usage.input_tokens) for r in used if r.usage]),
-        "output_tokens": mean([float(r.usage.output_tokens) for r in used if r.usage]),
-        "usd_per_1000": (m := mean(costs) if len(priced) == len(used) else None) and m * 1_000,
+        "chunks_per_s": script.chunks / index if script.chunks and is_rate else None,
+        "warm_start_s": script.warm_start,
+        "setup_s": script.setup,
+        "download_mb": script.download,
         "lines_of_code": source.source_count if source.is_countable else None,
-        "hit_at_k": interval([hit(*each) for each in labelled]),
-        "mrr_at_10": interval([reciprocal_rank(*each) for each in labelled]),
-        "ndcg_at_10": interval([ndcg(*each) for each in labelled]),
-        "refused_unanswerable": mean([float(r.refused) for q, r in said if q.relevant == []]),
-        "refused_answerable": mean([float(r.refused) for q, r in said if q.relevant]),
-        "contains_expected": interval([contains(r.answer, text) for text, r in expected]),
-        "retrieve_mean": mean([s for s in looked if s is not None]),
-        "wait_mean": mean([w[0] for w in waits if w[0] is not None]),
-        "rest_mean": mean([w[1] - (w[0] or 0.0) for w in waits if w[1] is not None]),
-        "answered": len([r for r in records if not r.error]),
-        "errors": len([r for r in records if r.error]),
+        "answered": sum(record.error is None for record in records),
+        "errors": sum(record.error is not None for record in records),
     }
 
 
-ROWS = [  # what a table shows, in this order: a label, and the figures in its cells
-    ("hit@k", ["hit_at_k"]),
-    ("MRR@10", ["mrr_at_10"]),
-    ("nDCG@10", ["ndcg_at_10"]),
-    ("answers with the expected", ["contains_expected"]),
-    ("unanswerable, refused", ["refused_unanswerable"]),
-    ("answerable, refused", ["refused_answerable"]),
-    ("retrieve, ms, p50 / p95", ["retrieve_ms_p50", "retrieve_ms_p95"]),
-    ("first token, s, p50", ["first_token_s_p50"]),
-    ("answer, s, p50 / p95", ["answer_s_p50", "answer_s_p95"]),
-    ("tokens a question, in / out", ["input_tokens", "output_tokens"]),
-    ("1,000 questions, USD", ["usd_per_1000"]),
-    ("indexing, chunks/s", ["chunks_per_s"]),
-    ("chunks", ["chunks"]),
-    ("warm start, s", ["warm_start_s"]),
-    ("--help, environment made, s", ["setup_s"]),
-    ("first download, MB", ["download_mb"]),
-    ("lines of code", ["lines_of_code"]),
-    ("answered / errors", ["answered", "errors"]),
-]
+ROWS = {  # the rows of the table, with the figures in their cells
+    "hit@k": ["hit_at_k"],
+    "MRR@10": ["mrr_at_10"],
+    "nDCG@10": ["ndcg_at_10"],
+    "expected text in answer": ["contains_expected"],
+    "unanswerable: refused": ["refused_unanswerable"],
+    "answerable: refused": ["refused_answerable"],
+    "retrieve, ms, p50 / p95": ["retrieve_ms_p50", "retrieve_ms_p95"],
+    "first token, s, p50": ["first_token_s_p50"],
+    "answer, s, p50 / p95": ["answer_s_p50", "answer_s_p95"],
+    "tokens in / out": ["input_tokens", "output_tokens"],
+    "1,000 questions, USD": ["usd_per_1000"],
+    "indexing, chunks/s": ["chunks_per_s"],
+    "chunks": ["chunks"],
+    "warm start, s": ["warm_start_s"],
+    "first --help, s": ["setup_s"],
+    "first download, MB": ["download_mb"],
+    "lines of code": ["lines_of_code"],
+    "answered / errors": ["answered", "errors"],
+}
+TIMES = re.compile(".*_(s|ms)(_p50|_p95)?")  # figures that differ from run to run
 
 
 def number(value: Any) -> str:
@@ -673,24 +676,13 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:.3g}"
 
 
-def cell(figures: dict[str, Any], keys: list[str]) -> str:
-    """Write the figures of one cell."""
-    texts = [number(figures.get(key)) for key in keys]
-    return "-" if set(texts) == {"-"} else " / ".join(texts)
-
-
-def table_of(scripts: list[Script]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """The rows of the table, and the labels of those that are not known of any script."""
-    rows = [(label, [cell(s.figures, keys) for s in scripts]) for label, keys in ROWS]
-    known = [row for row in rows if set(row[1]) != {"-"}]
-    return known, [label for label, cells in rows if set(cells) == {"-"}]
-
-
 def agreement(scripts: list[Script]) -> list[list[float | None]]:
     """Mean Jaccard overlap of what each two scripts retrieved, over the questions both have."""
     found = [[shingles([p.text for p in r.sources]) for r in s.records] for s in scripts]
-    pairs = [[list(zip(one, other, strict=False)) for other in found] for one in found]
-    return [[mean([jaccard(*each) for each in cell]) for cell in row] for row in pairs]
+    return [
+        [mean([jaccard(*pair) for pair in zip(one, other, strict=False)]) for other in found]
+        for one in found
+    ]
 
 
 def side_by_side(scripts: list[Script], questions: list[Question]) -> list[dict[str, Any]]:
@@ -705,119 +697,137 @@ def side_by_side(scripts: list[Script], questions: list[Question]) -> list[dict[
         found = [shingles([passage.text for passage in r.sources]) for _, r in asked]
         answers = []
         for name, record in asked:
-            passages = []
-            for passage in record.sources:
-                own = shingles([passage.text])
-                shared = all(len(own & other) * 2 >= len(own) for other in found)
-                passages.append(passage.model_dump() | {"differs": not shared})
-            answers.append(
-                record.model_dump(exclude={"sources"}) | {"name": name, "passages": passages}
-            )
+            answer: dict[str, Any] = record.model_dump() | {"name": name}
+            for passage in answer["sources"]:
+                own = shingles([passage["text"]])
+                passage["differs"] = any(len(own & other) < len(own) / 2 for other in found)
+            answers.append(answer)
         overlap = mean([jaccard(*pair) for pair in itertools.combinations(found, 2)])
         split = len({record.refused for _, record in asked}) > 1
-        order = (overlap if overlap is not None else 1.0) - split
-        views.append(
-            question.model_dump() | {"answers": answers, "overlap": overlap, "order": order}
-        )
+        differs = split or any(p["differs"] for a in answers for p in a["sources"])
+        differs |= len({record.answer for _, record in asked}) > 1
+        order = {"differs": differs, "order": (1.0 if overlap is None else overlap) - split}
+        views.append(question.model_dump() | {"answers": answers} | order)
     return sorted(views, key=lambda view: view["order"])
+
+
+class Report:
+    """What came of a run, as it is shown on the terminal, on the page and in the JSON."""
+
+    def __init__(
+        self,
+        scripts: list[Script],
+        questions: list[Question],
+        prices: Prices,
+        args: argparse.Namespace,
+        earlier: Path | None,
+    ) -> None:
+        self.ran = [script for script in scripts if script.records]
+        for script in self.ran:
+            script.figures = work_out(script, questions, prices, args.retrieve_only)
+        self.names = [script.name for script in self.ran]
+        self.rows: list[tuple[str, list[str]]] = []
+        unknown = []
+        for label, keys in ROWS.items():
+            cells = [" / ".join(number(s.figures[key]) for key in keys) for s in self.ran]
+            cells = ["-" if set(text) <= set("- /") else text for text in cells]
+            if set(cells) <= {"-"}:
+                unknown.append(label)
+            else:
+                self.rows.append((label, cells))
+        self.overlap = agreement(self.ran)
+        self.views = side_by_side(self.ran, questions)
+        self.troubles = tell_troubles(scripts)
+        self.changes = changes_since(earlier, self.ran) if earlier else None
+        self.told_changes = tell_changes(self.changes) if self.changes else []
+        self.notes = [f"{args.top_k} passages a question; in brackets 95 % intervals."]
+        self.notes += [f"Not known of any: {'; '.join(unknown)}."] if unknown else []
 
 
 # --- earlier runs ---------------------------------------------------------------------------------
 
 
-def digest(questions: list[Question], documents: list[str], roots: list[str]) -> str:
+def digest(questions: list[Question], documents: list[str]) -> str:
     """A digest of the questions and of the documents' contents: what two runs must share."""
-    made = hashlib.sha256(json.dumps([q.model_dump() for q in questions]).encode())
+    made = hashlib.sha256(json.dumps([question.model_dump() for question in questions]).encode())
     for document in documents:
-        name = document if document in roots else Path(document).name
-        made.update(
-            name.encode(errors="replace") + hashlib.sha256(Path(document).read_bytes()).digest()
-        )
+        made.update(Path(document).name.encode(errors="replace"))
+        made.update(hashlib.sha256(Path(document).read_bytes()).digest())
     return made.hexdigest()
 
 
+def summary(script: Script) -> dict[str, Any]:
+    """What --json and --trace tell of a script, besides its records."""
+    keys = ("name", "file", "status", "reason", "figures")
+    return {key: getattr(script, key) for key in keys}
+
+
+def save_run(folder: Path, asked: dict[str, Any], scripts: list[Script]) -> None:
+    """Write run.json: what was asked, and what was measured until now. Raises OSError."""
+    run = asked | {"scripts": [summary(script) for script in scripts]}
+    (folder / "run.json").write_text(json.dumps(run, indent=2), "utf-8")
+
+
+def find_earlier(root: Path, asked: dict[str, Any]) -> Path | None:
+    """Find the newest run of the same questions and documents that --trace has kept."""
+    for file in sorted(root.glob("*/run.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run of ours
+            if json.loads(file.read_text("utf-8"))["digest"] == asked["digest"]:
+                return file.parent
+    return None
+
+
 def changes_since(folder: Path, scripts: list[Script]) -> dict[str, Any]:
-    """What an earlier run, kept by --trace, had otherwise: figures, answers, passages.
+    """Tell what an earlier run had otherwise: figures, answers, passages.
 
     Times differ from run to run: those that moved by less than a fifth are left out.
     """
     run = json.loads((folder / "run.json").read_text("utf-8"))
-    before = {script["name"]: script for script in run["scripts"]}
-    changed = []
+    before, changed = {script["name"]: script for script in run["scripts"]}, {}
     for script in scripts:
-        if not (old := before.get(script.name)) or not script.records:
+        old, figures, pairs = before.get(script.name), {}, []
+        if not old:
             continue
-        lines = (folder / old["file"]).read_text("utf-8").splitlines()
-        pairs = list(zip(map(Record.model_validate_json, lines), script.records, strict=False))
-        figures = {}
+        with contextlib.suppress(OSError, ValidationError):  # it printed nothing then
+            lines = (folder / old["file"]).read_text("utf-8").splitlines()
+            pairs = list(zip(map(Record.model_validate_json, lines), script.records, strict=False))
         for key, now in script.figures.items():
-            was = old.get("figures", {}).get(key)
-            is_time = re.search(r"_(s|ms|per_s)(_p\d+)?$", key) and now is not None and was
-            if number(was) != number(now) and not (is_time and abs(now / was - 1) < 0.2):
+            was = old["figures"].get(key)
+            steady = TIMES.fullmatch(key) and was and now and abs(now / was - 1) < 0.2
+            if number(was) != number(now) and not steady:
                 figures[key] = [was, now]
-        answers = [
-            {"question": new.question, "before": old.answer, "now": new.answer}
-            for old, new in pairs
-            if old.answer != new.answer
-        ]
-        passages = [
-            new.question
-            for old, new in pairs
-            if [(p.source, p.text) for p in old.sources]
-            != [(p.source, p.text) for p in new.sources]
-        ]
-        changed.append(
-            {"name": script.name, "figures": figures, "answers": answers, "passages": passages}
-        )
+        passages = [[[(p.source, p.text) for p in r.sources] for r in pair] for pair in pairs]
+        changed[script.name] = {
+            "figures": figures,
+            "answers": [
+                {"question": new.question, "before": old.answer, "now": new.answer}
+                for old, new in pairs
+                if old.answer != new.answer
+            ],
+            "passages": [
+                new.question
+                for (_, new), (was, now) in zip(pairs, passages, strict=True)
+                if was != now
+            ],
+        }
     return {"since": run["started"], "scripts": changed}
 
 
-class Trace:
-    """A folder of --trace for one run: run.json, and what each script printed, as it comes."""
-
-    def __init__(self, root: Path, asked: dict[str, Any], scripts: list[Script]) -> None:
-        self.started = datetime.now(UTC)
-        self.folder, self.asked, self.scripts = (
-            root / f"{self.started:%Y%m%dT%H%M%S%fZ}",
-            asked,
-            scripts,
-        )
-        try:
-            self.folder.mkdir(parents=True)
-            self.save()
-        except OSError as error:
-            raise Failure(f"--trace: {root} can't be written: {error}") from error
-        self.earlier = None
-        for other in sorted(root.glob("*/run.json"), reverse=True):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                run = json.loads(other.read_text("utf-8"))
-                if (
-                    other.parent != self.folder
-                    and run["digest"] == asked["digest"]
-                    and run["scripts"]
-                ):
-                    self.earlier = other.parent
-                    break
-
-    def file(self, script: Script) -> str:
-        """The name of a script's file."""
-        place = self.scripts.index(script) + 1
-        return f"{place}-{re.sub(r'[^A-Za-z0-9]+', '-', script.name)[:60].strip('-')}.jsonl"
-
-    def keep(self, script: Script, record: Record) -> None:
-        """Write a record."""
-        with (self.folder / self.file(script)).open("a", encoding="utf-8") as file:
-            file.write(record.model_dump_json() + "\n")
-
-    def save(self) -> None:
-        """Write run.json: what was asked, and what was measured until now."""
-        told = [
-            {"name": s.name, "file": self.file(s), "status": s.status, "reason": s.reason}
-            | {"figures": s.figures}
-            for s in self.scripts
+def tell_changes(changes: dict[str, Any]) -> list[str]:
+    """Say in lines what changed since an earlier run."""
+    lines = [f"Since {changes['since']}:"]
+    for name, changed in changes["scripts"].items():
+        lines += [
+            f"{name}: {key} {number(a)} -> {number(b)}"
+            for key, (a, b) in changed["figures"].items()
         ]
-        run = {"started": self.started.isoformat()} | self.asked | {"scripts": told}
-        (self.folder / "run.json").write_text(json.dumps(run, indent=2), "utf-8")
+        lines += [
+            f"{name}: {c['question']} {c['before']!r} -> {c['now']!r}" for c in changed["answers"]
+        ]
+        lines += [f"{name}: other passages for: {question}" for question in changed["passages"]]
+        if not any(changed.values()):
+            lines.append(f"{name}: nothing changed")
+    return [textwrap.shorten(printable(line), 400) for line in lines]
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -833,236 +843,168 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def cut(text: str, size: int) -> str:
+    """What a line on a terminal has room for."""
+    return textwrap.shorten(one_line(printable(text)), size)
+
+
 def short(name: str) -> str:
-    """A script's name for the head of a column, which may break it."""
-    return re.sub(r"\brag_|\.py\b", "", Path(name).name if " " not in name else name)
+    """A script's name for the head of a column: without folder, rag_ and .py."""
+    path, blank, options = name.partition(" ")
+    return Path(path).stem.removeprefix("rag_") + blank + options
 
 
-def troubles(scripts: list[Script]) -> list[str]:
-    """One line for each script that did not do all that was asked."""
+def tell_troubles(scripts: list[Script]) -> list[str]:
+    """Say in lines which scripts did not do all that was asked, and why."""
     lines = []
     for script in scripts:
         what = {"unable": "can't run here", "failed": "failed"}.get(script.status, script.status)
         if script.status != "ok":
-            lines.append(f"{script.name} {what}" + (f": {script.reason}" if script.reason else ""))
+            lines.append(f"{script.name} {what}: {script.reason or 'it was not its turn'}")
         errors = [record.error for record in script.records if record.error]
         if errors:
-            lines.append(
-                f"{script.name}: {len(errors)} questions failed, the first with: {errors[0]}"
-            )
-    return [printable(one_line(line)) for line in lines]
+            lines.append(f"{script.name}: {len(errors)} questions failed, the first: {errors[0]}")
+    return [cut(line, 400) for line in lines]
 
 
-def show(
-    console: Any,
-    scripts: list[Script],
-    views: list[dict[str, Any]],
-    changes: dict[str, Any] | None,
-    all_scripts: list[Script],
-    top_k: int,
-) -> None:
-    """Print the tables, the scripts' troubles, and the questions on which they differ most."""
+def show(report: Report, console: Any) -> None:
+    """Print the tables, and the questions on which the scripts differ most."""
     from rich import box
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
-    rows, unknown = table_of(scripts)
-    heads = [short(script.name).replace("_", "_\u200b") for script in scripts]
-    fitting = max(1, (console.width - 30) // 14)  # columns beside the labels
-    for start in range(0, len(scripts), fitting):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        table.add_column("", no_wrap=True)
+    heads = [short(script.name) for script in report.ran]
+    fitting = max(1, (console.width - 32) // 15)  # columns beside the labels
+    for start in range(0, len(heads), fitting):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column()
         for head in heads[start : start + fitting]:
-            table.add_column(
-                Text(head.replace("\u200b", "\n") if len(head) > 14 else head), justify="right"
-            )
-        for label, cells in rows:
-            table.add_row(
-                label, *[text.replace(" (", "\n(") for text in cells[start : start + fitting]]
-            )
+            table.add_column(Text(head.replace("_", "_\n")), justify="right")
+        for label, cells in report.rows:
+            table.add_row(label, *[text.replace(" (", "\n(") for text in cells[start:][:fitting]])
         console.print(table)
-    if scripts:
-        notes = f"{top_k} passages a question; in brackets 95 % intervals"
-        console.print(Text(notes + (f"; not known: {', '.join(unknown)}" if unknown else "")))
-    for line in troubles(all_scripts):
+    for line in report.notes + report.troubles + report.told_changes:
         console.print(Text(line))
-    if len(scripts) > 1:
-        table = Table(
-            box=box.SIMPLE_HEAD, title="overlap of retrieved passages", title_justify="left"
-        )
-        table.add_column("")
-        for place in range(1, len(scripts) + 1):
-            table.add_column(f"{place}", justify="right")
-        for place, (script, row) in enumerate(zip(scripts, agreement(scripts), strict=True), 1):
-            table.add_row(Text(f"{place} {script.name}"), *[number(value) for value in row])
+    if len(heads) > 1:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="overlap of the passages")
+        for head in ("", *map(str, range(1, len(heads) + 1))):
+            table.add_column(head, justify="right" if head else "left")
+        for place, (head, row) in enumerate(zip(heads, report.overlap, strict=True), 1):
+            table.add_row(Text(f"{place} {head}"), *map(number, row))
         console.print(table)
-    if changes:
-        console.print(Text(f"\nsince {changes['since'][:19]}Z:", style="bold"))
-        for line in told_changes(changes):
-            console.print(Text(line))
-    for view in views[:SHOWN]:
-        console.print(Text(f"\n{printable(view['question'])}", style="bold"))
+    telling = [view for view in report.views if view["differs"]]
+    for view in telling[:SHOWN]:
+        console.print(Text(f"\n{cut(view['question'], 300)}", style="bold"))
         panels = []
         for answer in view["answers"]:
-            said = answer["error"] and f"error: {answer['error']}" or answer["answer"] or ""
-            body = Text(textwrap.shorten(printable(said), 300) + ("\n" if said else ""))
-            for n, passage in enumerate(answer["passages"], 1):
-                name = printable(one_line(Path(passage["source"]).name))
+            said = f"error: {answer['error']}" if answer["error"] else answer["answer"] or ""
+            body = Text(f"{cut(said, 300)}\n" if said else "")
+            for n, passage in enumerate(answer["sources"], 1):
                 body.append(
-                    f"{n} {number(passage['score'])} {name}\n",
-                    style="dim" * (not passage["differs"]),
+                    f"{n}  {number(passage['score'])}  {cut(Path(passage['source']).name, 60)}\n"
                 )
                 if passage["differs"]:
-                    text = textwrap.shorten(printable(passage["text"]), 90)
-                    body.append(f"  not all have: {text}\n", style="yellow")
+                    body.append(f"not all have: {cut(passage['text'], 90)}\n", style="yellow")
             body.rstrip()
             panels.append(Panel(body, title=Text(short(answer["name"])), title_align="left"))
         console.print(Columns(panels, width=max(38, console.width // max(1, len(panels)) - 1)))
-    if len(views) > SHOWN:
-        more = (
-            f"\n{SHOWN} of {len(views)} questions, those first in which the scripts differ most: "
-        )
-        console.print(Text(more + "all are in --json and --report"))
+    if len(report.views) > len(telling):
+        same = len(report.views) - len(telling)
+        console.print(f"\n{same} questions: the same passages and answers from all.")
+    if len(telling) > SHOWN:
+        most = "those in which the scripts differ most; all are in --json and --report"
+        console.print(f"\n{SHOWN} of {len(telling)} questions are shown, {most}.")
 
 
-def told_changes(changes: dict[str, Any]) -> list[str]:
-    """Lines that say what changed since an earlier run."""
-    labels = {key: label for label, keys in ROWS for key in keys}
-    lines = []
-    for script in changes["scripts"]:
-        found = [
-            f"{labels[key]}: {number(was)}, now {number(now)}"
-            if len(next(keys for _, keys in ROWS if key in keys)) == 1
-            else f"{labels[key]} ({key}): {number(was)}, now {number(now)}"
-            for key, (was, now) in script["figures"].items()
-            if key in labels
-        ]
-        found += [f"other answer to: {one_line(a['question'])}" for a in script["answers"]]
-        found += [f"other passages for: {one_line(question)}" for question in script["passages"]]
-        lines.append(f"{script['name']}: " + ("" if found else "nothing changed"))
-        lines += [f"  {printable(line)}" for line in found]
-    return lines
-
-
-def plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str | None]]:
-    """Draw the plots as SVG that inherits the page's colours; None where a plot has no data."""
+def draw(plot: Callable[[Any], bool], height: float, prefix: str) -> str | None:
+    """Draw a plot as an SVG that takes the page's colour of text. None: there is no data for it."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    ink = "#010203"  # replaced by the page's own colour of text
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "", "text.parse_math": False}
-    settings |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    names = [short(script.name) for script in scripts]
-    figures = [script.figures for script in scripts]
+    ink = "#010203"  # stands for the page's colour
+    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 11}
+    settings |= {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
+    for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
+        settings[name] = ink
+    with matplotlib.rc_context(settings):  # ty: ignore[invalid-argument-type]
+        figure, file = Figure(figsize=(4.8, height), layout="constrained"), io.StringIO()
+        if not plot(figure.subplots()):
+            return None
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", file.getvalue()).replace(ink, "currentColor")
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)  # ids are the page's
+    return svg[svg.index("<svg") :]
 
-    def bars(axes: Any, keys: list[str], labels: list[str], unit: str) -> bool:
-        values = [[figure[key] or 0.0 for figure in figures] for key in keys]
-        known = any(figure[keys[0]] is not None for figure in figures)
+
+def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str | None]]:
+    """Draw what people ask for: quality against time, where time goes, first token, cost."""
+    names, figures = [short(script.name) for script in scripts], [s.figures for s in scripts]
+
+    def bars(axes: Any, keys: dict[str, str], unit: str) -> bool:
         left = [0.0] * len(names)
-        for row, label, color, hatch in zip(values, labels, COLORS, HATCHES, strict=False):
-            axes.barh(names, row, left=left, color=color, hatch=hatch, edgecolor=ink, label=label)
+        for (key, label), color, hatch in zip(keys.items(), COLORS, HATCHES, strict=False):
+            row = [figure[key] or 0.0 for figure in figures]
+            axes.barh(names, row, left=left, color=color, hatch=hatch, label=label)
             left = [a + b for a, b in zip(left, row, strict=True)]
-        for place, (figure, end) in enumerate(zip(figures, left, strict=True)):
-            text = number(end) if figure[keys[0]] is not None else "not known"
-            axes.annotate(f" {text}", (end, place), va="center")
+        for place, total in enumerate(left):
+            axes.annotate(f" {number(total or None)}", (total, place), va="center")
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.set_xlabel(unit)
         if len(keys) > 1:
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.22), ncols=3)
-        return known
+            axes.figure.legend(frameon=False, loc="outside lower center", ncols=3)
+        return any(left)
 
     def trade(axes: Any) -> bool:
-        key, unit = "answer_s_p50", "seconds to the answer, median"
+        key, unit = ("answer_s_p50", "median seconds to the answer")
         if retrieve_only:
-            key, unit = "retrieve_ms_p50", "milliseconds to the passages, median"
-        points = [(n, f) for n, f in zip(names, figures, strict=True) if f[key] and f["ndcg_at_10"]]
-        for (name, figure), color, marker in zip(points, COLORS * 9, "osD^vP*X" * 9, strict=False):
+            key, unit = ("retrieve_ms_p50", "median milliseconds to the passages")
+        points = [p for p in zip(names, figures, strict=True) if p[1][key] and p[1]["ndcg_at_10"]]
+        for (name, figure), color, marker in zip(points, COLORS * 9, "osD^vP" * 9, strict=False):
             score = figure["ndcg_at_10"]
             spread = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
-            style = {"color": color, "marker": marker, "capsize": 4, "markeredgecolor": ink}
-            axes.errorbar(figure[key], score["mean"], yerr=spread, label=name, ls="", ms=9, **style)
+            style = {"color": color, "marker": marker, "markersize": 9, "capsize": 4}
+            axes.errorbar(figure[key], score["mean"], spread, label=name, linestyle="", **style)
         axes.set_xlabel(unit)
         axes.set_ylabel("nDCG@10")
-        axes.margins(0.15)
-        if points:
-            axes.set_xlim(left=0)
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2)
+        axes.set_ylim(0, 1.05)
+        axes.set_xlim(0, 1.15 * max((figure[key] for _, figure in points), default=1))
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=2)
         return bool(points)
 
-    stages = [f"{stage}_mean" for stage in ("retrieve", "wait", "rest")]
-    drawings: list[tuple[str, str, Callable[[Any], bool]]] = [
-        ("Quality against time", "Up and left is better; the bars are 95 % intervals.", trade),
+    stages = {"retrieve_s": "retrieval", "wait_s": "to first token", "rest_s": "answer"}
+    first, cost = {"first_token_s_p50": ""}, {"usd_per_1000": ""}
+    plots: list[tuple[str, str, Callable[[Any], bool]]] = [
+        ("Quality against time", "Higher and further left is better. Bars: 95 % intervals.", trade),
         (
             "Where the time of a question goes",
-            "Mean seconds. A script that does not stream tells no first token: all is the answer.",
-            lambda a: bars(a, stages, ["retrieval", "to first token", "answer"], "seconds"),
+            "Means. A script that does not stream tells no first token: all of it is answer.",
+            lambda axes: bars(axes, stages, "seconds"),
         ),
-        (
-            "Time to the first token",
-            "From the question on, median.",
-            lambda a: bars(a, ["first_token_s_p50"], [""], "seconds"),
-        ),
-        (
-            "Cost of 1,000 questions",
-            "By the tokens that the service counted, and the list of prices.",
-            lambda a: bars(a, ["usd_per_1000"], [""], "USD"),
-        ),
+        ("Time to the first token", "Medians.", lambda axes: bars(axes, first, "seconds")),
+        ("Cost of 1,000 questions", "By list prices.", lambda axes: bars(axes, cost, "USD")),
     ]
-    drawn: list[dict[str, str | None]] = []
-    for place, (title, caption, draw) in enumerate(drawings):
-        with matplotlib.rc_context(settings | dict.fromkeys(colored, ink)):
-            size = (4.8, 3.6 if draw is trade else 1.5 + 0.45 * len(scripts))
-            figure = Figure(figsize=size, layout="constrained")
-            known = draw(figure.subplots())
-            written = io.StringIO()
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            figure.savefig(written, format="svg", transparent=True, metadata=nothing)
-        svg = written.getvalue()
-        svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
-        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>plot{place}-", svg)  # ids are the page's
-        drawn.append({"title": title, "caption": caption, "svg": svg if known else None})
-    return drawn
+    height = 1.6 + 0.45 * len(scripts)
+    return [
+        {"title": title, "caption": caption}
+        | {"svg": draw(plot, height + (plot is trade) * 1.5, f"plot{place}")}
+        for place, (title, caption, plot) in enumerate(plots)
+    ]
 
 
-COLORS = ["#2f7fc1", "#d9822b", "#3d9a5f", "#b55aa8", "#b8960c", "#c8504b"]  # on light and dark
-HATCHES = ["", "//", ".."]  # told apart without colours too
-
-
-def write_report(
-    file: Path,
-    scripts: list[Script],
-    views: list[dict[str, Any]],
-    changes: dict[str, Any] | None,
-    all_scripts: list[Script],
-    args: argparse.Namespace,
-) -> None:
-    """Write the page, whole or not at all."""
+def write_page(report: Report, file: Path, retrieve_only: bool) -> None:
+    """Write the page, whole or not at all. Raises OSError."""
     import jinja2
-    from markupsafe import Markup
 
-    rows, unknown = table_of(scripts)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
-    drawn = plots(scripts, args.retrieve_only) if scripts else []
-    page = environment.from_string(PAGE).render(
-        names=[script.name for script in scripts],
-        rows=rows,
-        unknown=unknown,
-        agreement=agreement(scripts),
-        plots=[plot | {"svg": Markup(plot["svg"])} for plot in drawn if plot["svg"]],
-        missing=[plot["title"] for plot in drawn if not plot["svg"]],
-        views=views,
-        changes=[changes["since"][:19], *told_changes(changes)] if changes else [],
-        troubles=troubles(all_scripts),
-        top_k=args.top_k,
-        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-    )
+    plots = draw_plots(report.ran, retrieve_only) if report.ran else []
+    overlap = zip(report.names, [list(map(number, row)) for row in report.overlap], strict=True)
+    page = environment.from_string(PAGE).render(report=report, plots=plots, overlap=overlap)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-        new.write(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "", page))
+        new.write(printable(page))
     Path(new.name).chmod(0o644)  # a temporary file is for its owner alone
     Path(new.name).replace(file)
 
@@ -1085,7 +1027,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--retrieve-only", action="store_true", help="compare the passages; no LLM is called")
     add("--report", type=Path, metavar="FILE", help="write a page with tables, plots and answers")
     add("--json", action="store_true", help="one JSON object in place of the tables")
-    add("--trace", type=Path, metavar="DIR", help="keep all that is printed; compare with earlier")
+    add("--trace", type=Path, metavar="DIR", help="keep what is printed; compare with earlier runs")
     add("--prices", type=Path, metavar="FILE", help='{"model": [USD a million tokens in, out]}')
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help="without a line (%(default)s)")
     add("--no-downloads", action="store_true", help="do not ask for the packages' sizes")
@@ -1093,17 +1035,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.top_k < 1:
         parser.error("--top-k must be 1 or more")
     if not 0 < args.timeout <= threading.TIMEOUT_MAX:
-        parser.error("--timeout must be more than 0 seconds")
+        parser.error("--timeout takes a number of seconds")
     if bool(args.docs) != bool(args.questions):
         parser.error("--docs and --questions go together; without both the built-in ones are taken")
-    if "" in args.script or "" in (args.docs or []):
+    if "" in args.script + (args.docs or []):
         parser.error("a script and --docs need a path")
     return args
-
-
-def notice(text: str) -> None:
-    """Say something on stderr; stdout is for what was found."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def check_report(file: Path) -> None:
@@ -1135,123 +1072,104 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[list[Question], lis
 
 def run_all(
     scripts: list[Script],
-    questions: list[Question],
+    questions: list[str],
     folder: Path,
-    trace: Trace | None,
+    trace: Path | None,
     args: argparse.Namespace,
 ) -> None:
     """Run one script after the other, with a bar for each on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console, asked = Console(stderr=True), [question.question for question in questions]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
-        bars = [progress.add_task(short(s.name), total=len(asked), start=False) for s in scripts]
-        for place, (script, bar) in enumerate(zip(scripts, bars, strict=True)):
-            progress.start_task(bar)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+    with bars:
+        tasks = [bars.add_task(short(s.name), total=len(questions), start=False) for s in scripts]
+        for place, (script, task) in enumerate(zip(scripts, tasks, strict=True)):
+            bars.start_task(task)
 
-            def keep(record: Record, script: Script = script, bar: Any = bar) -> None:
+            def keep(record: Record, script: Script = script, task: Any = task) -> None:
                 for passage in record.sources:  # the temporary folder is another in each run
                     passage.source = passage.source.removeprefix(f"{folder}{os.sep}")
                 script.records.append(record)
-                progress.advance(bar)
+                bars.advance(task)
                 if trace:
-                    trace.keep(script, record)
+                    with (trace / script.file).open("a", encoding="utf-8") as file:
+                        file.write(record.model_dump_json() + "\n")
 
-            run_script(script, asked, folder / f"index-{place}", args, keep)
-            progress.stop_task(bar)
+            run_script(script, questions, folder / f"index-{place}", args, keep)
+            bars.stop_task(task)
             if script.records and not args.no_downloads:
                 script.download = download_megabytes(script.path)
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Run the scripts, and show what came of it. Returns the exit code."""
-    scripts, prices = find_scripts(args.script), read_prices(args.prices)
+def compare(args: argparse.Namespace, folder: Path) -> int:
+    """Run the scripts, and tell what came of it. Returns the exit code."""
+    from rich.console import Console
+
+    scripts, prices, trace, earlier = (
+        find_scripts(args.script),
+        read_prices(args.prices),
+        None,
+        None,
+    )
     if not shutil.which("uv"):
         raise Failure("uv is not found: pip install uv")
     if args.report:
         check_report(args.report)
+    started = datetime.now(UTC)
+    asked: dict[str, Any] = {"started": f"{started:%Y-%m-%d %H:%M:%S} UTC", "top_k": args.top_k}
+    asked |= {"retrieve_only": args.retrieve_only, "docs": args.docs or ["built-in"]}
+    questions, documents = prepare(args, folder)
+    asked |= {"digest": digest(questions, documents)}
+    asked |= {"questions": [question.model_dump() for question in questions]}
+    if args.trace:
+        earlier = find_earlier(args.trace, asked)
+        trace = args.trace / f"{started:%Y%m%dT%H%M%S%fZ}"
+        trace.mkdir(parents=True)
+        save_run(trace, asked, scripts)
     code = 0
-    with tempfile.TemporaryDirectory(
-        prefix="rag-compare-", ignore_cleanup_errors=True
-    ) as temporary:
-        folder = Path(temporary)
-        asked: dict[str, Any] = {"docs": args.docs or ["built-in"], "top_k": args.top_k}
-        questions, documents = prepare(args, folder)
-        asked |= {"retrieve_only": args.retrieve_only}
-        trace = None
-        if args.trace:
-            asked["digest"] = digest(questions, documents, args.docs)
-            asked["questions"] = [question.model_dump() for question in questions]
-            trace = Trace(args.trace, asked, scripts)
-        try:
-            run_all(scripts, questions, folder, trace, args)
-        except KeyboardInterrupt:
-            code = 130
-        ran = [script for script in scripts if script.records]
-        for script in ran:
-            script.figures = work_out(script, questions, prices, args.retrieve_only)
-        changes = None
-        if trace:
-            trace.save()
-            changes = changes_since(trace.earlier, ran) if trace.earlier else None
-    views = side_by_side(ran, questions) if ran else []
+    try:
+        run_all(scripts, [question.question for question in questions], folder, trace, args)
+    except KeyboardInterrupt:
+        code = 130
+    report = Report(scripts, questions, prices, args, earlier)
+    if trace:
+        save_run(trace, asked, scripts)
     if args.report:
-        write_report(args.report, ran, views, changes, scripts, args)
-    output(scripts, ran, questions, views, changes, asked, args)
-    failed = any(s.status == "failed" or any(r.error for r in s.records) for s in scripts)
-    return code or (1 if failed else 0 if ran else 2)
-
-
-def output(
-    scripts: list[Script],
-    ran: list[Script],
-    questions: list[Question],
-    views: list[dict[str, Any]],
-    changes: dict[str, Any] | None,
-    asked: dict[str, Any],
-    args: argparse.Namespace,
-) -> None:
-    """Print one JSON object, or the tables."""
-    from rich.console import Console
-
+        write_page(report, args.report, args.retrieve_only)
     if args.json:
-        told = [
-            {"name": s.name, "status": s.status, "reason": s.reason, "figures": s.figures}
-            | {"records": [record.model_dump() for record in s.records]}
-            for s in scripts
-        ]
-        overlap = {"names": [script.name for script in ran], "overlap": agreement(ran)}
-        whole = {"asked": asked, "questions": [q.model_dump() for q in questions], "scripts": told}
-        print(json.dumps(whole | {"agreement": overlap, "changes": changes}))
-        return
-    console = Console()
-    with console.capture() as captured:  # printed by ourselves: rich ends us on a broken pipe
-        show(console, ran, views, changes, scripts, args.top_k)
-    print(captured.get(), end="", flush=True)
+        told = [summary(s) | {"records": [r.model_dump() for r in s.records]} for s in scripts]
+        overlap = {"names": [script.name for script in report.ran], "overlap": report.overlap}
+        print(
+            json.dumps(asked | {"scripts": told, "agreement": overlap, "changes": report.changes})
+        )
+    else:
+        console = Console()
+        with console.capture() as captured:  # printed by ourselves: rich exits on a broken pipe
+            show(report, console)
+        print(captured.get(), end="", flush=True)
+    failed = any(s.status == "failed" or s.figures.get("errors") for s in scripts)
+    return code or (1 if failed else 0 if report.ran else 2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare. Returns the exit code."""
     args = parse_arguments(argv)
-    for name in (
-        "SIGTERM",
-        "SIGHUP",
-    ):  # the scripts' groups would outlive us: end them as Ctrl-C does
+    for name in ("SIGTERM", "SIGHUP"):  # else the scripts, in groups of their own, would outlive us
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        return compare(args)
+        with tempfile.TemporaryDirectory(prefix="rag-", ignore_cleanup_errors=True) as folder:
+            return compare(args, Path(folder))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Failure, OSError) as error:
-        notice(f"error: {one_line(error)}")
+        print(f"error: {cut(str(error), 600)}", file=sys.stderr)
         return 2
 
 
@@ -1287,43 +1205,48 @@ h4 { margin: 0 0 .4rem; font-size: .9rem; }
 .muted { color: var(--muted); font-size: .9rem; }
 .bad { color: var(--bad); }
 .scroll { overflow-x: auto; } /* a wide table scrolls, not the page */
-table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; background: var(--card); }
+table { border-collapse: collapse; font-size: .9rem; background: var(--card); }
 th, td { padding: .35rem .7rem; border: 1px solid var(--line); text-align: right; }
 thead th { min-width: 7rem; max-width: 14rem; overflow-wrap: anywhere; vertical-align: bottom; }
 tbody th { text-align: left; font-weight: normal; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
-.answers { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
-figure, article { margin: 0; padding: .9rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 34rem; color: var(--text); }
+.plots, .answers {
+  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr));
+}
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+figure, article {
+  margin: 0; padding: .9rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem;
+}
+figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 figcaption p, article p { margin: .2rem 0 .6rem; }
 .said { white-space: pre-wrap; }
-ol { margin: .6rem 0 0; padding: 0; list-style: none; font-size: .85rem; }
-li { margin-top: .4rem; padding: .35rem .5rem; border-left: 3px solid var(--line); }
-li.differs { border-left-color: currentColor; background: var(--mark); }
+details { margin-top: .4rem; padding: .3rem .5rem; border-left: 3px solid var(--line);
+  font-size: .9rem; }
+.differs { border-left-color: currentColor; background: var(--mark); }
 summary { cursor: pointer; }
-.passage { white-space: pre-wrap; }
 </style>
 </head>
 <body>
-<header>
-<h1>RAG scripts side by side</h1>
-<p class="muted">{{ views|length }} questions, {{ top_k }} passages each. Made {{ made }}.</p>
-</header>
 <main>
-{% if troubles %}
+<h1>RAG scripts side by side</h1>
+<p class="muted">{{ report.views|length }} questions. {{ report.notes|join(" ") }} "-": not known.</p>
+{% if report.troubles %}
 <h2>What did not work</h2>
 <ul>
-{% for line in troubles %}
+{% for line in report.troubles %}
 <li class="bad">{{ line }}</li>
 {% endfor %}
 </ul>
 {% endif %}
-<h2>Figures</h2>
-{% if names %}
-<div class="scroll" tabindex="0" role="region" aria-label="Figures">
+{% macro table(title, heads, rows) %}
+<h2>{{ title }}</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ title }}">
 <table>
-<thead><tr><th scope="col">Figure</th>{% for name in names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr><th scope="col">{{ heads[0] }}</th>
+{% for name in report.names %}
+<th scope="col">{{ name }}</th>
+{% endfor %}
+</tr></thead>
 <tbody>
 {% for label, cells in rows %}
 <tr><th scope="row">{{ label }}</th>{% for text in cells %}<td>{{ text }}</td>{% endfor %}</tr>
@@ -1331,52 +1254,38 @@ summary { cursor: pointer; }
 </tbody>
 </table>
 </div>
-<p class="muted">In brackets: 95 % intervals of the mean over questions. "-": not known.
-{% if unknown %}Not known of any script: {{ unknown|join(", ") }}.{% endif %}</p>
-{% else %}
-<p>No script could run.</p>
-{% endif %}
-{% if plots %}
+{% endmacro %}
+{% if report.names %}
+{{ table("Figures", ["Figure"], report.rows) }}
 <h2>Plots</h2>
 <div class="plots">
 {% for plot in plots %}
-<figure role="group" aria-label="{{ plot.title }}">
+<figure>
 <figcaption><strong>{{ plot.title }}</strong><p class="muted">{{ plot.caption }}</p></figcaption>
-{{ plot.svg }}
+{% if plot.svg %}
+{{ plot.svg|safe }}
+{% else %}
+<p>Left out: no script has the figures for it.</p>
+{% endif %}
 </figure>
 {% endfor %}
 </div>
 {% endif %}
-{% if missing %}
-<p class="muted">Left out, for no script has the figures: {{ missing|join(", ") }}.</p>
+{% if report.names|length > 1 %}
+{{ table("Overlap of the passages", ["1 is the same text"], overlap) }}
 {% endif %}
-{% if names|length > 1 %}
-<h2>Overlap of the retrieved passages</h2>
-<p class="muted">1: the same text was retrieved for every question; 0: nothing in common.</p>
-<div class="scroll" tabindex="0" role="region" aria-label="Overlap">
-<table>
-<thead><tr><th scope="col">Script</th>{% for name in names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in agreement %}
-<tr><th scope="row">{{ names[loop.index0] }}</th>{% for value in row %}<td>{{ value|number }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-{% endif %}
-{% if changes %}
-<h2>Since {{ changes[0] }}Z</h2>
+{% if report.told_changes %}
+<h2>{{ report.told_changes[0] }}</h2>
 <ul>
-{% for line in changes[1:] %}
+{% for line in report.told_changes[1:] %}
 <li>{{ line }}</li>
 {% endfor %}
 </ul>
 {% endif %}
 <h2>Answers</h2>
-<p class="muted">The questions on which the scripts differ most come first.
-{% if names|length > 1 %}A passage is marked "not all have this" where another script did not
-retrieve its text.{% endif %}</p>
-{% for view in views %}
+<p class="muted">The questions on which the scripts differ most come first. A passage is marked
+where another script did not retrieve its text.</p>
+{% for view in report.views %}
 <section>
 <h3>{{ view.question }}</h3>
 <p class="muted">
@@ -1390,15 +1299,14 @@ retrieve its text.{% endif %}</p>
 <h4>{{ answer.name }}</h4>
 {% if answer.error %}<p class="bad">Error: {{ answer.error }}</p>{% endif %}
 {% if answer.answer %}<p class="said">{{ answer.answer }}</p>{% endif %}
-<ol>
-{% for passage in answer.passages %}
-<li{% if passage.differs %} class="differs"{% endif %}>
-<details><summary>{{ loop.index }}. {{ passage.source }}{% if passage.page %}, p. {{ passage.page }}{% endif %},
-{{ passage.score|number }}{% if passage.differs %} <strong>not all have this</strong>{% endif %}</summary>
-<p class="passage">{{ passage.text }}</p></details>
-</li>
+{% for passage in answer.sources %}
+<details{% if passage.differs %} class="differs"{% endif %}>
+<summary>{{ loop.index }}. {{ passage.source }}{% if passage.page %}, p. {{ passage.page }}
+{% endif %}<span class="muted"> {{ passage.score|number }}</span>
+{% if passage.differs %}<strong>not all have this</strong>{% endif %}</summary>
+<p class="said">{{ passage.text }}</p>
+</details>
 {% endfor %}
-</ol>
 </article>
 {% endfor %}
 </div>
