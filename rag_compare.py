@@ -371,7 +371,7 @@ def ask(
 
     Raises Trouble for what is not the record of the next question, and for a script that hangs.
     """
-    command = ["uv", "run", str(script.path), *script.options, "--json", *options, *questions]
+    command = ["uv", "run", str(script.path), "--json", *options, *script.options, *questions]
     errors, verdict, answered, start = [], ("failed", None), 0, time.perf_counter()
     second, failed = len(script.records) == 1, False
     with contextlib.closing(lines_of(command, timeout)) as lines:
@@ -398,7 +398,7 @@ def ask(
                 raise Trouble(f"{place} answers {text!r}, which was not the next question")
             if not answered and second:
                 spent = (record.seconds.retrieve or 0) + (record.seconds.generate or 0)
-                script.warm_start = max(0.0, time.perf_counter() - start - spent)
+                script.warm_start = time.perf_counter() - start - spent
                 script.opening = record.seconds.index or 0.0
             answered += 1
             failed |= record.error is not None
@@ -439,8 +439,10 @@ def run_script(
                 verdict = ask(script, batch, docs + options, args.timeout, kept)
                 script.status, script.reason = verdict
             docs = []
-    except Trouble as trouble:
-        script.status, script.reason = "failed", str(trouble)
+    except (Trouble, KeyboardInterrupt) as trouble:
+        script.status, script.reason = "failed", str(trouble) or "was interrupted"
+        if isinstance(trouble, KeyboardInterrupt):
+            raise
 
 
 async def sizes_of(urls: list[str]) -> list[int]:
@@ -705,7 +707,7 @@ def side_by_side(scripts: list[Script], questions: list[Question]) -> list[dict[
         overlap = mean([jaccard(*pair) for pair in itertools.combinations(found, 2)])
         split = len({record.refused for _, record in asked}) > 1
         differs = split or any(p["differs"] for a in answers for p in a["sources"])
-        differs |= len({record.answer for _, record in asked}) > 1
+        differs |= len({record.answer for _, record in asked}) > 1 or len(asked) == 1
         order = {"differs": differs, "order": (1.0 if overlap is None else overlap) - split}
         views.append(question.model_dump() | {"answers": answers} | order)
     return sorted(views, key=lambda view: view["order"])
@@ -736,7 +738,7 @@ class Report:
             else:
                 self.rows.append((label, cells))
         self.overlap = agreement(self.ran)
-        self.views = side_by_side(self.ran, questions)
+        self.views = side_by_side(self.ran, questions) if self.ran else []
         self.troubles = tell_troubles(scripts)
         self.changes = changes_since(earlier, self.ran) if earlier else None
         self.told_changes = tell_changes(self.changes) if self.changes else []
@@ -772,7 +774,8 @@ def find_earlier(root: Path, asked: dict[str, Any]) -> Path | None:
     """Find the newest run of the same questions and documents that --trace has kept."""
     for file in sorted(root.glob("*/run.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run of ours
-            if json.loads(file.read_text("utf-8"))["digest"] == asked["digest"]:
+            run = json.loads(file.read_text("utf-8"))
+            if all(run[key] == asked[key] for key in ("digest", "retrieve_only")):
                 return file.parent
     return None
 
@@ -1143,7 +1146,8 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         told = [summary(s) | {"records": [r.model_dump() for r in s.records]} for s in scripts]
         overlap = {"names": [script.name for script in report.ran], "overlap": report.overlap}
         print(
-            json.dumps(asked | {"scripts": told, "agreement": overlap, "changes": report.changes})
+            json.dumps(asked | {"scripts": told, "agreement": overlap, "changes": report.changes}),
+            flush=True,
         )
     else:
         console = Console()
@@ -1229,7 +1233,8 @@ summary { cursor: pointer; }
 <body>
 <main>
 <h1>RAG scripts side by side</h1>
-<p class="muted">{{ report.views|length }} questions. {{ report.notes|join(" ") }} "-": not known.</p>
+<p class="muted">{{ report.views|length }} questions. {{ report.notes|join(" ") }}
+"-": not known.</p>
 {% if report.troubles %}
 <h2>What did not work</h2>
 <ul>
