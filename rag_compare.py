@@ -650,19 +650,19 @@ ROWS = {  # the rows of the table, with the figures in their cells
     "hit@k": ["hit_at_k"],
     "MRR@10": ["mrr_at_10"],
     "nDCG@10": ["ndcg_at_10"],
-    "expected text in answer": ["contains_expected"],
+    "expected in answer": ["contains_expected"],
     "unanswerable: refused": ["refused_unanswerable"],
     "answerable: refused": ["refused_answerable"],
-    "retrieve, ms, p50 / p95": ["retrieve_ms_p50", "retrieve_ms_p95"],
-    "first token, s, p50": ["first_token_s_p50"],
-    "answer, s, p50 / p95": ["answer_s_p50", "answer_s_p95"],
+    "retrieve ms, p50 / p95": ["retrieve_ms_p50", "retrieve_ms_p95"],
+    "first token s, p50": ["first_token_s_p50"],
+    "answer s, p50 / p95": ["answer_s_p50", "answer_s_p95"],
     "tokens in / out": ["input_tokens", "output_tokens"],
-    "1,000 questions, USD": ["usd_per_1000"],
-    "indexing, chunks/s": ["chunks_per_s"],
+    "USD / 1,000 questions": ["usd_per_1000"],
+    "indexing chunks/s": ["chunks_per_s"],
     "chunks": ["chunks"],
-    "warm start, s": ["warm_start_s"],
-    "first --help, s": ["setup_s"],
-    "first download, MB": ["download_mb"],
+    "warm start s": ["warm_start_s"],
+    "first --help s": ["setup_s"],
+    "first download MB": ["download_mb"],
     "lines of code": ["lines_of_code"],
     "answered / errors": ["answered", "errors"],
 }
@@ -879,12 +879,14 @@ def show(report: Report, console: Any) -> None:
     from rich.text import Text
 
     heads = [short(script.name) for script in report.ran]
-    fitting = max(1, (console.width - 32) // 15)  # columns beside the labels
-    for start in range(0, len(heads), fitting):
+    fitting = max(1, (console.width - 26) // 17)  # columns beside the labels
+    parts = -(-len(heads) // fitting)
+    fitting = -(-len(heads) // max(1, parts))  # as many in each table
+    for start in range(0, len(heads), fitting or 1):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column()
+        table.add_column(no_wrap=True)
         for head in heads[start : start + fitting]:
-            table.add_column(Text(head.replace("_", "_\n")), justify="right")
+            table.add_column(Text(head.replace("_", "_\n")), justify="right", max_width=15)
         for label, cells in report.rows:
             table.add_row(label, *[text.replace(" (", "\n(") for text in cells[start:][:fitting]])
         console.print(table)
@@ -943,18 +945,21 @@ def draw(plot: Callable[[Any], bool], height: float, prefix: str) -> str | None:
 
 def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str | None]]:
     """Draw what people ask for: quality against time, where time goes, first token, cost."""
-    names, figures = [short(script.name) for script in scripts], [s.figures for s in scripts]
+    names = [textwrap.fill(short(script.name), 16) for script in scripts]
+    figures, places = [script.figures for script in scripts], range(len(scripts))
 
     def bars(axes: Any, keys: dict[str, str], unit: str) -> bool:
         left = [0.0] * len(names)
         for (key, label), color, hatch in zip(keys.items(), COLORS, HATCHES, strict=False):
             row = [figure[key] or 0.0 for figure in figures]
-            axes.barh(names, row, left=left, color=color, hatch=hatch, label=label)
+            axes.barh(places, row, left=left, color=color, hatch=hatch, label=label)
             left = [a + b for a, b in zip(left, row, strict=True)]
         for place, total in enumerate(left):
-            axes.annotate(f" {number(total or None)}", (total, place), va="center")
+            axes.text(total, place, f"\u2002{number(total or None)}", va="center")
+        axes.set_yticks(places, names)
         axes.invert_yaxis()
         axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(unit)
         if len(keys) > 1:
             axes.figure.legend(frameon=False, loc="outside lower center", ncols=3)
@@ -972,7 +977,8 @@ def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str
             axes.errorbar(figure[key], score["mean"], spread, label=name, linestyle="", **style)
         axes.set_xlabel(unit)
         axes.set_ylabel("nDCG@10")
-        axes.set_ylim(0, 1.05)
+        axes.set_ylim(-0.05, 1.05)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlim(0, 1.15 * max((figure[key] for _, figure in points), default=1))
         axes.figure.legend(frameon=False, loc="outside lower center", ncols=2)
         return bool(points)
@@ -1209,10 +1215,11 @@ h4 { margin: 0 0 .4rem; font-size: .9rem; }
 .muted { color: var(--muted); font-size: .9rem; }
 .bad { color: var(--bad); }
 .scroll { overflow-x: auto; } /* a wide table scrolls, not the page */
-table { border-collapse: collapse; font-size: .9rem; background: var(--card); }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { padding: .35rem .7rem; border: 1px solid var(--line); text-align: right; }
-thead th { min-width: 7rem; max-width: 14rem; overflow-wrap: anywhere; vertical-align: bottom; }
-tbody th { text-align: left; font-weight: normal; }
+th, td { background: var(--card); white-space: nowrap; }
+thead th { max-width: 12rem; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+tbody th { position: sticky; left: 0; text-align: left; font-weight: normal; }
 .plots, .answers {
   display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr));
 }

@@ -63,9 +63,8 @@ for n, question in enumerate(args.question, 1 if args.docs else 2):
         print("Loading the model ...")
     if mode == "fewer" and n == 3:
         break
-    found = sorted(texts, key=lambda t: -len(words(t[1]) & words(question)))[: args.top_k]
-    if mode == "reversed":
-        found = found[::-1]
+    best = 1 if mode == "reversed" else -1
+    found = sorted(texts, key=lambda t: best * len(words(t[1]) & words(question)))[: args.top_k]
     sources = [{"n": i, "source": s, "page": None, "score": 1 / i, "text": t}
                for i, (s, t) in enumerate(found, 1)]
     fails = mode == "errors" and n == 3
@@ -79,7 +78,7 @@ for n, question in enumerate(args.question, 1 if args.docs else 2):
                       "error": "HTTP 500" if fails else None, "sources": sources,
                       "model": args.model, "embed_model": "words", "usage": usage,
                       "seconds": seconds}), flush=True)
-sys.exit(1 if mode == "errors" else 0)
+sys.exit(1 if mode == "errors" and len(args.question) > 2 else 0)
 """
 NOTES = {
     "notes/mill.md": "The wheel of the Halden mill has 32 oak paddles.",
@@ -115,14 +114,17 @@ GIVEN = ["--docs", "notes", "--questions", "q.jsonl", "--no-downloads"]
 
 
 @pytest.fixture
-def compare(files, run):
-    """Compare as a user would; with --json, the object that is printed."""
+def compare(files, monkeypatch, capsys):
+    """Compare, and return what is printed; with --json, the object."""
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
 
-    def compare(*args, code=0, env=None):
-        done = run("rag_compare.py", *args, *GIVEN, env=OFFLINE | (env or {}))
-        assert done.returncode == code, done.stderr + done.stdout
-        assert "Traceback" not in done.stderr
-        return json.loads(done.stdout) if "--json" in args else done.stdout
+    def compare(*args, code=0):
+        capsys.readouterr()
+        assert rag.main([*args, *GIVEN]) == code, capsys.readouterr()
+        done = capsys.readouterr()
+        assert done.err == ""
+        return json.loads(done.out) if "--json" in args else done.out
 
     return compare
 
@@ -243,7 +245,7 @@ class Sizes(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "1000000")
         self.end_headers()
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
@@ -498,8 +500,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(files):
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout
     process.stdout.close()
     assert process.wait(60) == 0
+    assert process.stderr
     assert process.stderr.read() == ""
 
 
@@ -514,8 +518,9 @@ def test_prices_of_a_file_go_before_the_built_in_ones(compare):
     assert costs == [pytest.approx(0.12), pytest.approx(1.2), None]
 
 
-def test_a_later_run_tells_what_changed_since(compare):
-    first = compare("fake.py", "--json", "--trace", "kept", env={"ANSWER": "32 oak"})
+def test_a_later_run_tells_what_changed_since(compare, monkeypatch):
+    monkeypatch.setenv("ANSWER", "32 oak")
+    first = compare("fake.py", "--json", "--trace", "kept")
     assert first["changes"] is None
     [folder] = Path("kept").iterdir()
     run = json.loads((folder / "run.json").read_text())
@@ -523,13 +528,14 @@ def test_a_later_run_tells_what_changed_since(compare):
     assert [json.loads(line) for line in lines] == only(first)["records"]
     assert run["scripts"][0]["figures"] == only(first)["figures"]
 
-    second = compare("fake.py", "--json", "--trace", "kept", env={"ANSWER": "owl"})
+    monkeypatch.setenv("ANSWER", "owl")
+    second = compare("fake.py", "--json", "--trace", "kept")
     changed = second["changes"]["scripts"]["fake.py"]
     assert {(c["before"], c["now"]) for c in changed["answers"]} == {("32 oak", "owl")}
     assert changed["passages"] == []
     assert set(changed["figures"]) <= {"warm_start_s", "setup_s"}, "times alone: half are right"
 
-    text = compare("fake.py", "--top-k", "1", "--trace", "kept", env={"ANSWER": "owl"})
+    text = compare("fake.py", "--top-k", "1", "--trace", "kept")
     assert f"Since {second['started']}" in text
     assert "other passages for: How many paddles has the wheel?" in " ".join(text.split())
     Path("notes/mill.md").write_text("Other documents: there is nothing to compare with.")
@@ -564,9 +570,12 @@ def test_scripts_of_the_collection_are_compared(run, llm, files):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
-def test_the_report_is_one_page_that_asks_nothing_and_shows_hostile_text_as_text(compare):
+def test_the_report_is_one_page_that_asks_nothing_and_shows_hostile_text_as_text(
+    compare, monkeypatch
+):
+    monkeypatch.setenv("ANSWER", f"The fox says {HOSTILE}")
     names = ["fake.py", f"fake.py --mode reversed --model '{HOSTILE}'", "fake.py --mode no-key"]
-    compare(*names, "--report", "r.html", env={"ANSWER": f"The fox says {HOSTILE}"})
+    compare(*names, "--top-k", "1", "--report", "r.html")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for width, scheme in ((1280, "light"), (390, "dark")):
