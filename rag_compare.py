@@ -15,14 +15,14 @@ show all side by side, with the answers and the passages in which they differ.
 
     uv run rag_compare.py                                     # whatever can run here, built-in set
     uv run rag_compare.py --docs notes/ --questions questions.jsonl
-    uv run rag_compare.py rag_chroma_claude.py "rag_local_ollama.py --llm embedded" --report r.html
+    uv run rag_compare.py rag_chroma_claude.py my_variant.py --report report.html
 
 A line of the questions' file: {"question": "...", "relevant": ["file.md"], "answer": "..."}. The
 last two may be left out; "relevant": [] says that no document answers it, so a refusal is right.
 Any script takes part whose command line and JSON are the collection's; an argument may hold options
-for it. The first question is asked while a script indexes the documents, the others in a second
-process on the kept index: its start is the warm start. --trace keeps what the scripts print, and
-compares with the newest run of the same questions and documents that it has kept.
+for it: "rag_local_ollama.py --llm embedded". The first question is asked while a script indexes the
+documents, the others in a second process on the kept index: its start is the warm start. --trace
+keeps what the scripts print, and compares with the newest run of the same questions and documents.
 
 "-": not known. First download: the packages for this machine, without what a script fetches from
 elsewhere (Ollama's models). Cost: the LLM's tokens, without those of embeddings; asking hosted
@@ -117,10 +117,13 @@ class Trouble(Exception):
     """What is wrong with a script that was run: it hangs, or prints something else."""
 
 
+LATER = ConfigDict(defer_build=True)  # until a record comes: --help need not wait
+
+
 class Question(BaseModel):
     """A line of the questions' file. `relevant`: file names; empty: no document answers it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
     question: str
     relevant: list[str] | None = None
     answer: str | None = None
@@ -129,6 +132,7 @@ class Question(BaseModel):
 class Source(BaseModel):
     """A passage that a script retrieved."""
 
+    model_config = LATER
     source: str
     text: str
     page: int | None = None
@@ -138,6 +142,7 @@ class Source(BaseModel):
 class Usage(BaseModel):
     """What the LLM's service counted."""
 
+    model_config = LATER
     input_tokens: int
     output_tokens: int
 
@@ -145,6 +150,7 @@ class Usage(BaseModel):
 class Seconds(BaseModel):
     """How long each stage took; `first_token` counts from the start of `generate`."""
 
+    model_config = LATER
     load: float | None = None
     index: float | None = None
     retrieve: float | None = None
@@ -155,6 +161,7 @@ class Seconds(BaseModel):
 class Record(BaseModel):
     """What a script prints of a question with --json."""
 
+    model_config = LATER
     question: str
     answer: str | None
     refused: bool
@@ -208,7 +215,9 @@ def find_scripts(typed: list[str]) -> list[Script]:
 
 def read_questions(file: Path, documents: list[str]) -> list[Question]:
     """Read JSON Lines. Raises Failure, with the number of the line, for what is no question."""
-    questions = []
+    questions, named_so = [], dict[str, list[str]]()
+    for document in documents:
+        named_so.setdefault(Path(document).name, []).append(document)
     try:
         lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -223,7 +232,7 @@ def read_questions(file: Path, documents: list[str]) -> list[Question]:
             if question.relevant == [] and question.answer is not None:
                 raise ValueError('"relevant": [] says that there is no "answer"')
             for label in question.relevant or []:
-                named = [document for document in documents if matches(label, document)]
+                named = [d for d in named_so.get(Path(label).name, []) if matches(label, d)]
                 if len(named) != 1:
                     several = f"{len(named)} documents: write more of its path"
                     what = several if named else "no document under --docs"
@@ -349,15 +358,14 @@ def batches(questions: list[str]) -> Iterator[list[str]]:
     A question that begins with "-" gets a blank before it, or else it would be an option.
     """
     quoted = [f" {q}" if q.startswith("-") else q for q in questions]
-    yield quoted[:1]
-    batch: list[str] = []
+    batch, size = quoted[:1], MAX_ARGUMENTS
     for question in quoted[1:]:
-        if batch and sum(len(q.encode()) + 8 for q in [*batch, question]) > MAX_ARGUMENTS:
+        size += len(question.encode())
+        if size > MAX_ARGUMENTS:
             yield batch
-            batch = []
+            batch, size = [], len(question.encode())
         batch.append(question)
-    if batch:
-        yield batch
+    yield batch
 
 
 def ask(

@@ -26,11 +26,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>document.title='broken'</script><img src=http://127.0.0.1:9/x> {{ 7 * 7 }} [/b]"
 
 # Keeps the collection's command line; retrieves by shared words. --mode says what is wrong with it.
-FAKE = """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = []
-# ///
+FAKE = "# " + "/// script\n# dependencies = []\n# ///"  # in two: a checker takes this for a script
+FAKE += """
 import argparse, json, os, pathlib, re, signal, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("question", nargs="*")
@@ -172,6 +169,7 @@ def test_passages_of_one_document_count_once_and_labels_match_by_the_end_of_a_pa
 def test_an_interval_covers_its_mean_and_is_the_same_each_time():
     found = rag.interval([0.0, 1.0, 1.0, 1.0] * 10)
     assert found == rag.interval([0.0, 1.0, 1.0, 1.0] * 10)
+    assert found
     assert found["mean"] == 0.75
     # The normal approximation: 0.75 -+ 1.96 * sqrt(0.75 * 0.25 / 40)
     assert found["low"] == pytest.approx(0.616, abs=0.03)
@@ -289,9 +287,9 @@ def test_the_built_in_questions_fit_the_built_in_documents(tmp_path):
     questions, documents = rag.prepare(args, tmp_path)
     assert sum(question.relevant == [] for question in questions) == 2
     for question in questions:
-        for label in question.relevant:
+        for label in question.relevant or []:
             [document] = [d for d in documents if rag.matches(label, d)]
-            assert rag.contains(Path(document).read_text(), question.answer)
+            assert rag.contains(Path(document).read_text(), question.answer or "")
 
 
 # --- running scripts ------------------------------------------------------------------------------
