@@ -73,7 +73,7 @@ MAX_ARGUMENTS = 20_000 if os.name == "nt" else 200_000
 SHOWN = 20  # questions on a terminal
 MIN_CHUNKS = 100  # with fewer, the time of indexing is that of imports
 RESAMPLES = 2_000  # of the bootstrap: the ends of an interval are then good to two digits
-# USD for a million tokens, in and out, as looked up on 2026-11-21 (the providers' list prices).
+PRICES_OF = "2026-11-21"  # list prices, USD for a million tokens, in and out
 Prices = dict[str, tuple[float, float]]
 PRICES: Prices = {"gpt-4o": (2.50, 10.00), "claude-sonnet-4-6": (3.00, 15.00)}
 
@@ -186,7 +186,7 @@ class Script:
     records: list[Record] = field(default_factory=list)
     setup: float | None = None  # seconds of --help, with making the environment
     warm_start: float | None = None  # seconds
-    opening: float = 0.0  # what seconds.index is on a kept index: loading, not indexing
+    opening: float | None = None  # what seconds.index is on a kept index: loading, not indexing
     chunks: int | None = None
     download: float | None = None  # MB
     figures: dict[str, Any] = field(default_factory=dict)
@@ -447,9 +447,9 @@ def run_script(
                 verdict = ask(script, batch, docs + options, args.timeout, kept)
                 script.status, script.reason = verdict
             docs = []
-    except (Trouble, KeyboardInterrupt) as trouble:
-        script.status, script.reason = "failed", str(trouble) or "was interrupted"
-        if isinstance(trouble, KeyboardInterrupt):
+    except BaseException as error:
+        script.status, script.reason = "failed", str(error) or "was interrupted"
+        if not isinstance(error, Trouble):
             raise
 
 
@@ -603,6 +603,17 @@ def cost(record: Record, prices: Prices) -> float | None:
     return (record.usage.input_tokens * read + record.usage.output_tokens * written) / 1e6
 
 
+def indexing_rate(script: Script) -> float | None:
+    """Chunks a second; None where it can't be told from loading.
+
+    seconds.index of a kept index is loading alone; with few chunks the imports take the most.
+    """
+    if script.opening is None or not script.chunks or script.chunks < MIN_CHUNKS:
+        return None
+    spent = (script.records[0].seconds.index or 0.0) - script.opening
+    return script.chunks / spent if spent > script.opening else None
+
+
 def work_out(
     script: Script, questions: list[Question], prices: Prices, retrieve_only: bool
 ) -> dict[str, Any]:
@@ -622,8 +633,7 @@ def work_out(
     ranked = [(rank_documents(r.sources, q.relevant), q.relevant) for q, r in pairs if q.relevant]
     said = [] if retrieve_only else [(q, r) for q, r in pairs if not r.error]
     expected = [] if retrieve_only else [(q.answer, r.answer) for q, r in pairs if q.answer]
-    index = (records[0].seconds.index or 0.0) - script.opening
-    is_rate = (script.chunks or 0) >= MIN_CHUNKS and index > script.opening
+    usd = mean(priced) if None not in priced else None
     source = SourceAnalysis.from_file(str(script.path), "compare")
     return {
         "hit_at_k": interval([hit(*each) for each in ranked]),
@@ -642,9 +652,9 @@ def work_out(
         "rest_s": mean([total(whole, -(first or 0.0)) for _, first, whole in timed]),
         "input_tokens": mean([usage.input_tokens for usage in used]),
         "output_tokens": mean([usage.output_tokens for usage in used]),
-        "usd_per_1000": None if None in priced else middle([mean(priced)], unit=1_000),
+        "usd_per_1000": usd and usd * 1_000,
         "chunks": script.chunks,
-        "chunks_per_s": script.chunks / index if script.chunks and is_rate else None,
+        "chunks_per_s": indexing_rate(script),
         "warm_start_s": script.warm_start,
         "setup_s": script.setup,
         "download_mb": script.download,
@@ -751,6 +761,8 @@ class Report:
         self.changes = changes_since(earlier, self.ran) if earlier else None
         self.told_changes = tell_changes(self.changes) if self.changes else []
         self.notes = [f"{args.top_k} passages a question; in brackets 95 % intervals."]
+        if any(script.figures["usd_per_1000"] for script in self.ran):
+            self.notes.append(f"Built-in prices are of {PRICES_OF}.")
         self.notes += [f"Not known of any: {'; '.join(unknown)}."] if unknown else []
 
 
@@ -1020,10 +1032,10 @@ def write_page(report: Report, file: Path, retrieve_only: bool) -> None:
     plots = draw_plots(report.ran, retrieve_only) if report.ran else []
     overlap = zip(report.names, [list(map(number, row)) for row in report.overlap], strict=True)
     page = environment.from_string(PAGE).render(report=report, plots=plots, overlap=overlap)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-        new.write(printable(page))
-    Path(new.name).chmod(0o644)  # a temporary file is for its owner alone
-    Path(new.name).replace(file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        new = Path(folder) / "page"
+        new.write_text(printable(page), "utf-8")
+        new.replace(file)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -1151,23 +1163,24 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         run_all(scripts, [question.question for question in questions], folder, trace, args)
     except KeyboardInterrupt:
         code = 130
+    except OSError as error:  # no room for --trace: what was measured is shown all the same
+        print(f"error: {cut(str(error), 600)}", file=sys.stderr)
+        code = 2
     report = Report(scripts, questions, prices, args, earlier)
-    if trace:
-        save_run(trace, asked, scripts)
-    if args.report:
-        write_page(report, args.report, args.retrieve_only)
     if args.json:
         told = [summary(s) | {"records": [r.model_dump() for r in s.records]} for s in scripts]
-        overlap = {"names": [script.name for script in report.ran], "overlap": report.overlap}
-        print(
-            json.dumps(asked | {"scripts": told, "agreement": overlap, "changes": report.changes}),
-            flush=True,
-        )
+        overlap = {"names": report.names, "overlap": report.overlap}
+        found = {"scripts": told, "agreement": overlap, "changes": report.changes}
+        print(json.dumps(asked | found), flush=True)
     else:
         console = Console()
         with console.capture() as captured:  # printed by ourselves: rich exits on a broken pipe
             show(report, console)
         print(captured.get(), end="", flush=True)
+    if trace:
+        save_run(trace, asked, scripts)
+    if args.report:
+        write_page(report, args.report, args.retrieve_only)
     failed = any(s.status == "failed" or s.figures.get("errors") for s in scripts)
     return code or (1 if failed else 0 if report.ran else 2)
 

@@ -540,6 +540,20 @@ def test_a_later_run_tells_what_changed_since(compare, monkeypatch):
     assert compare("fake.py", "--json", "--trace", "kept")["changes"] is None
 
 
+def test_a_full_disk_under_the_trace_ends_the_run_and_shows_what_was_measured(
+    files, monkeypatch, capsys
+):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setattr(rag.Record, "model_dump_json", full)
+    assert rag.main(["fake.py", *GIVEN, "--trace", "kept"]) == 2
+    told = capsys.readouterr()
+    assert "No space left on device" in told.err
+    assert re.search(r"answered / errors +1 / 0", told.out)
+
+
 # --- the collection's own scripts -----------------------------------------------------------------
 
 
