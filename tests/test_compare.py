@@ -384,11 +384,10 @@ def test_long_lists_of_questions_are_asked_in_several_commands(monkeypatch):
 
 
 def test_a_script_and_what_it_started_are_ended(files):
-    Path("parent.py").write_text(
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "print(child.pid, flush=True)\ntime.sleep(600)\n"
-    )
+    stubborn = "import os, signal, time; signal.signal(2, signal.SIG_IGN); "
+    stubborn += "print(os.getpid(), flush=True); time.sleep(600)"
+    start = f"subprocess.run([sys.executable, '-c', {stubborn!r}])"
+    Path("parent.py").write_text(f"import subprocess, sys\n{start}\n")
     lines = rag.lines_of(["uv", "run", "--offline", "parent.py"], 60)
     pid = int(next(lines)[1])
     lines.close()
