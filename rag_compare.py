@@ -927,9 +927,8 @@ def show(report: Report, console: Any) -> None:
             said = f"error: {answer['error']}" if answer["error"] else answer["answer"] or ""
             body = Text(f"{cut(said, 300)}\n" if said else "")
             for n, passage in enumerate(answer["sources"], 1):
-                body.append(
-                    f"{n}  {number(passage['score'])}  {cut(Path(passage['source']).name, 60)}\n"
-                )
+                score = "-" if passage["score"] is None else f"{passage['score']:.2f}"
+                body.append(f"{n}  {score}  {cut(Path(passage['source']).name, 60)}\n")
                 if passage["differs"]:
                     body.append(f"not all have: {cut(passage['text'], 90)}\n", style="yellow")
             body.rstrip()
@@ -1335,7 +1334,7 @@ where another script did not retrieve its text.</p>
 {% for passage in answer.sources %}
 <details{% if passage.differs %} class="differs"{% endif %}>
 <summary>{{ loop.index }}. {{ passage.source }}{% if passage.page %}, p. {{ passage.page }}
-{% endif %}<span class="muted"> {{ passage.score|number }}</span>
+{% endif %}<span class="muted"> {{ "%.2f"|format(passage.score) if passage.score is not none }}</span>
 {% if passage.differs %}<strong>not all have this</strong>{% endif %}</summary>
 <p class="said">{{ passage.text }}</p>
 </details>

@@ -386,8 +386,8 @@ def test_long_lists_of_questions_are_asked_in_several_commands(monkeypatch):
 def test_a_script_and_what_it_started_are_ended(files):
     stubborn = "import os, signal, time; signal.signal(2, signal.SIG_IGN); "
     stubborn += "print(os.getpid(), flush=True); time.sleep(600)"
-    start = f"subprocess.run([sys.executable, '-c', {stubborn!r}])"
-    Path("parent.py").write_text(f"import subprocess, sys\n{start}\n")
+    start = f"subprocess.Popen([sys.executable, '-c', {stubborn!r}]); time.sleep(600)"
+    Path("parent.py").write_text(f"import subprocess, sys, time\n{start}\n")
     lines = rag.lines_of(["uv", "run", "--offline", "parent.py"], 60)
     pid = int(next(lines)[1])
     lines.close()
