@@ -26,7 +26,7 @@ keeps what the scripts print, and compares with the newest run of the same quest
 
 "-": not known. First download: the packages for this machine, without what a script fetches from
 elsewhere (Ollama's models). Cost: the LLM's tokens, without those of embeddings; asking hosted
-LLMs costs money here too (--retrieve-only asks none). This file's own packages are 40 MB.
+LLMs costs money here too (--retrieve-only asks none). This file's own packages are 48 MB.
 Exit code 0: compared; a script that can't run here (its code was 2: no key...) is a line that says
 why. 1: a script failed, or some question. 2: no script could run, or something of yours is to be
 mended. 130: Ctrl-C, after showing what was measured.
@@ -1334,7 +1334,8 @@ where another script did not retrieve its text.</p>
 {% for passage in answer.sources %}
 <details{% if passage.differs %} class="differs"{% endif %}>
 <summary>{{ loop.index }}. {{ passage.source }}{% if passage.page %}, p. {{ passage.page }}
-{% endif %}<span class="muted"> {{ "%.2f"|format(passage.score) if passage.score is not none }}</span>
+{% endif %}<span class="muted">
+{{ "%.2f"|format(passage.score) if passage.score is not none }}</span>
 {% if passage.differs %}<strong>not all have this</strong>{% endif %}</summary>
 <p class="said">{{ passage.text }}</p>
 </details>
