@@ -942,7 +942,7 @@ def show(report: Report, console: Any) -> None:
         console.print(f"\n{SHOWN} of {len(telling)} questions are shown, {most}.")
 
 
-def draw(plot: Callable[[Any], bool], height: float, prefix: str) -> str | None:
+def draw(plot: Callable[[Any], bool], height: float, title: str) -> str | None:
     """Draw a plot as an SVG that takes the page's colour of text. None: there is no data for it."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -958,8 +958,10 @@ def draw(plot: Callable[[Any], bool], height: float, prefix: str) -> str | None:
             return None
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", file.getvalue()).replace(ink, "currentColor")
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)  # ids are the page's
-    return svg[svg.index("<svg") :]
+    svg = re.sub(
+        r'(id="|url\(#|href="#)', rf"\g<1>{title.replace(' ', '-')}-", svg
+    )  # ids are the page's
+    return f'<svg role="img" aria-label="{title}" {svg.partition("<svg ")[2]}'
 
 
 def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str | None]]:
@@ -1017,8 +1019,8 @@ def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str
     height = 1.6 + 0.45 * len(scripts)
     return [
         {"title": title, "caption": caption}
-        | {"svg": draw(plot, height + (plot is trade) * 1.5, f"plot{place}")}
-        for place, (title, caption, plot) in enumerate(plots)
+        | {"svg": draw(plot, height + (plot is trade) * 1.5, title)}
+        for title, caption, plot in plots
     ]
 
 

@@ -602,6 +602,7 @@ def test_the_report_is_one_page_that_asks_nothing_and_shows_hostile_text_as_text
             assert page.locator("script, article img").count() == 0
             assert HOSTILE in page.locator("article .said").first.inner_text()
             assert page.locator("figure svg").count() == 4
+            assert page.get_by_role("img", name="Quality against time").is_visible()
             assert page.locator("th[scope=row]", has_text="nDCG@10").count() == 1
             assert page.get_by_text("not all have this").count() > 0
             assert page.get_by_text("NO_KEY is not set").is_visible()
