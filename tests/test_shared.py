@@ -266,7 +266,8 @@ def test_a_script_copied_alone_into_an_empty_folder_runs(script, run, tmp_path):
         command, cwd=alone, env=clean_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: uv run {script} [QUESTION ...]")
+    what = "SCRIPT" if script == "rag_compare.py" else "QUESTION"
+    assert done.stdout.startswith(f"usage: uv run {script} [{what} ...]")
     assert [path.name for path in alone.iterdir()] == [script], "it left something behind"
 
 

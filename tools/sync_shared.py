@@ -22,6 +22,7 @@ SELF = "tools/sync_shared.py"
 FIX = f"uv run {SELF} --fix"
 FAISS, LOCAL, CHROMA = "rag_faiss_openai.py", "rag_local_ollama.py", "rag_chroma_claude.py"
 STREAMING, ASYNC, HYBRID = "rag_streaming.py", "rag_async.py", "rag_hybrid_fastapi.py"
+LOOPS = (FAISS, LOCAL, CHROMA, STREAMING, ASYNC, HYBRID)  # rag_compare.py runs them, and has none
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Group:
 
 
 GROUPS = [
+    Group(FAISS, None, ("Failure", "printable", "one_line")),
     Group(  # the data, the common stages, the command line
         FAISS,
-        None,
+        LOOPS,
         (
             *("KINDS", "MAX_ANSWER_TOKENS", "TOP_K", "CHUNK_CHARACTERS", "MAX_QUESTION", "REFUSAL"),
             *(
                 "SYSTEM_PROMPT",
-                "Failure",
                 "Document",
                 "Chunk",
                 "Hit",
@@ -49,7 +50,7 @@ GROUPS = [
                 "read_pages",
             ),
             *("load_documents", "split_text", "split_documents", "build_prompt"),
-            *("parse_arguments", "require_key", "notice", "printable", "one_line", "show_prompt"),
+            *("parse_arguments", "require_key", "notice", "show_prompt"),
             *("check_answer", "explain", "print_hits", "answer_question", "main"),
         ),
     ),

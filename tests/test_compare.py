@@ -1,0 +1,625 @@
+"""rag_compare.py: what it measures, how it runs scripts, what it shows."""
+
+# ruff: noqa: D103 - the names of the tests are their docstrings
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import pytrec_eval
+from conftest import ROOT, command, environment
+from playwright.sync_api import sync_playwright
+
+import rag_compare as rag
+
+OFFLINE = {"UV_OFFLINE": "1"}  # the scripts that it runs must not ask an index
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+HOSTILE = "<script>document.title='broken'</script><img src=http://127.0.0.1:9/x> {{ 7 * 7 }} [/b]"
+
+# Keeps the collection's command line; retrieves by shared words. --mode says what is wrong with it.
+FAKE = "# " + "/// script\n# dependencies = []\n# ///"  # in two: a checker takes this for a script
+FAKE += """
+import argparse, json, os, pathlib, re, signal, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("question", nargs="*")
+parser.add_argument("--docs", action="append")
+parser.add_argument("--index")
+parser.add_argument("--top-k", type=int)
+parser.add_argument("--retrieve-only", action="store_true")
+parser.add_argument("--json", action="store_true")
+parser.add_argument("--mode", default="good")
+parser.add_argument("--model", default="gpt-4o")
+args = parser.parse_intermixed_args()
+kept, mode = pathlib.Path(args.index), args.mode
+if mode == "no-key":
+    print("error: NO_KEY is not set: export NO_KEY=...", file=sys.stderr)
+    sys.exit(2)
+if args.docs:
+    files = [f for d in args.docs for f in sorted(pathlib.Path(d).rglob("*.md"))]
+    kept.mkdir()
+    kept.joinpath("all.json").write_text(json.dumps([[str(f), f.read_text()] for f in files]))
+    print(f"index: {len(files)} chunks added, 0 reused, 0 removed", file=sys.stderr)
+texts = json.loads(kept.joinpath("all.json").read_text())
+words = lambda text: set(re.findall(r"\\w+", text.lower()))
+for n, question in enumerate(args.question, 1 if args.docs else 2):
+    if mode == "hangs" and n == 3:
+        pathlib.Path("hangs.pid").write_text(str(os.getpid()))
+        time.sleep(600)
+    if mode == "killed" and n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "rubbish" and n == 3:
+        print("Loading the model ...")
+    if mode == "fewer" and n == 3:
+        break
+    best = 1 if mode == "reversed" else -1
+    found = sorted(texts, key=lambda t: best * len(words(t[1]) & words(question)))[: args.top_k]
+    sources = [{"n": i, "source": s, "page": None, "score": 1 / i, "text": t}
+               for i, (s, t) in enumerate(found, 1)]
+    fails = mode == "errors" and n == 3
+    answer = None if args.retrieve_only or fails else os.environ.get("ANSWER", found[0][1] + " [1]")
+    refused = answer is not None and "lawyer" in question
+    usage = {"input_tokens": 100, "output_tokens": 10} if answer else None
+    asked = "Something else?" if mode == "order" and n == 3 else question
+    seconds = {"load": 0.1, "index": 0.5 if args.docs else 0.0, "retrieve": 0.001 * n,
+               "first_token": 0.002 if answer else None, "generate": 0.004 + 0.001 * n}
+    print(json.dumps({"question": asked, "answer": answer, "refused": refused,
+                      "error": "HTTP 500" if fails else None, "sources": sources,
+                      "model": args.model, "embed_model": "words", "usage": usage,
+                      "seconds": seconds}), flush=True)
+sys.exit(1 if mode == "errors" and len(args.question) > 2 else 0)
+"""
+NOTES = {
+    "notes/mill.md": "The wheel of the Halden mill has 32 oak paddles.",
+    "notes/fox.md": f"The hostile fox says {HOSTILE} at noon.",
+    "notes/sub/ferry.md": "The ferry to Tornby leaves at 9:40, with room for twelve cars.",
+}
+QUESTIONS = [
+    {"question": "How many paddles has the wheel?", "relevant": ["mill.md"], "answer": "32 Oak"},
+    {"question": "When does the ferry leave Tornby?", "relevant": ["sub/ferry.md"]},
+    {"question": "What does the hostile fox say?", "relevant": ["fox.md"], "answer": "owl"},
+    {"question": "-v and --json are options of what?"},
+    {"question": "What is the lawyer called?", "relevant": []},
+]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A fake script, documents and questions, in a folder where the test runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("fake.py").write_text(FAKE)
+    for name, text in NOTES.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    write_questions(*QUESTIONS)
+    return tmp_path
+
+
+def write_questions(*questions):
+    Path("q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+
+
+GIVEN = ["--docs", "notes", "--questions", "q.jsonl", "--no-downloads"]
+
+
+@pytest.fixture
+def compare(files, monkeypatch, capsys):
+    """Compare, and return what is printed; with --json, the object."""
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def compare(*args, code=0):
+        capsys.readouterr()
+        assert rag.main([*args, *GIVEN]) == code, capsys.readouterr()
+        done = capsys.readouterr()
+        assert done.err == ""
+        return json.loads(done.out) if "--json" in args else done.out
+
+    return compare
+
+
+def only(told):
+    [script] = told["scripts"]
+    return script
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+def test_ranking_metrics_have_the_values_worked_out_by_hand():
+    ranked = ["c.md", "a.md", "d.md", "b.md"]
+    assert rag.hit(ranked, ["a.md"]) == 1
+    assert rag.hit(ranked, ["z.md"]) == 0
+    assert rag.reciprocal_rank(ranked, ["b.md", "d.md"]) == pytest.approx(1 / 3)
+    assert rag.reciprocal_rank(ranked, ["z.md"]) == 0
+    assert rag.reciprocal_rank([*map(str, range(10)), "z.md"], ["z.md"]) == 0, "beyond the tenth"
+    # Places 2 and 4: (1/log2(3) + 1/log2(5)) / (1 + 1/log2(3))
+    assert rag.ndcg(ranked, ["a.md", "b.md"]) == pytest.approx((0.63093 + 0.43068) / 1.63093, 1e-4)
+    assert rag.ndcg([], ["a.md"]) == 0
+
+
+def test_ranking_metrics_are_those_of_trec_eval():
+    dice = random.Random(0)
+    names = [f"{n}.md" for n in range(20)]
+    for _ in range(100):
+        ranked = dice.sample(names, dice.randint(1, 10))
+        relevant = dice.sample(names, dice.randint(1, 12))
+        measures = {"recip_rank", "ndcg_cut_10", "success_10"}
+        judge = pytrec_eval.RelevanceEvaluator({"q": dict.fromkeys(relevant, 1)}, measures)
+        theirs = judge.evaluate({"q": {name: -place for place, name in enumerate(ranked)}})["q"]
+        ours = [measure(ranked, relevant) for measure in (rag.reciprocal_rank, rag.ndcg, rag.hit)]
+        expected = [theirs["recip_rank"], theirs["ndcg_cut_10"], theirs["success_10"]]
+        assert ours == pytest.approx(expected)
+
+
+def test_passages_of_one_document_count_once_and_labels_match_by_the_end_of_a_path():
+    sources = [rag.Source(source=s, text="") for s in ("n/x/a.md", "n/xa.md", "n/x/a.md", "a.md")]
+    assert rag.rank_documents(sources, ["x/a.md"]) == ["x/a.md", "n/xa.md", "a.md"]
+    assert rag.matches("./a.md", "notes\\a.md")
+
+
+def test_an_interval_covers_its_mean_and_is_the_same_each_time():
+    found = rag.interval([0.0, 1.0, 1.0, 1.0] * 10)
+    assert found == rag.interval([0.0, 1.0, 1.0, 1.0] * 10)
+    assert found
+    assert found["mean"] == 0.75
+    # The normal approximation: 0.75 -+ 1.96 * sqrt(0.75 * 0.25 / 40)
+    assert found["low"] == pytest.approx(0.616, abs=0.03)
+    assert found["high"] == pytest.approx(0.884, abs=0.03)
+    assert rag.interval([]) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("It is the QUARRY-meadow [1], I think.", "a quarry meadow", 0),
+        ("It is the Quarry [1] meadow.", "The quarry meadow", 1),
+        ("There are 32 [1].", "1", 0),
+        ("There are 132.", "32", 0),
+        (None, "32", 0),
+    ],
+)
+def test_an_answer_contains_the_expected_words_whole(answer, expected, right):
+    assert rag.contains(answer, expected) == right
+
+
+def test_overlap_counts_text_however_it_is_cut():
+    words = [str(n) for n in range(24)]
+    whole, halves = [" ".join(words)], [" ".join(words[:14]), " ".join(words[10:])]
+    assert rag.jaccard(rag.shingles(whole), rag.shingles(halves)) == 1
+    assert rag.jaccard(rag.shingles(["one two"]), rag.shingles(["three"])) == 0
+    assert rag.jaccard({1, 2, 3}, {2, 3, 4}) == 0.5
+
+
+def records(*changes):
+    plain = {"question": "?", "answer": "A", "refused": False, "error": None, "sources": []}
+    return [rag.Record.model_validate(plain | {"seconds": {}} | change) for change in changes]
+
+
+def test_a_lookup_of_all_questions_at_once_is_shared_among_them():
+    first, *others = [{"seconds": {"retrieve": t}} for t in (0.1, 0.6, 0.6, 0.6)]
+    assert rag.lookups(records(first, *others)) == pytest.approx([0.1, 0.2, 0.2, 0.2])
+
+
+def test_figures_of_a_script_are_worked_out_and_unknown_ones_are_none(files):
+    script = rag.Script("fake.py", Path("fake.py"), "1.jsonl", warm_start=2.0, chunks=300)
+    seconds = {"index": 12.0, "retrieve": 0.5, "first_token": 0.25, "generate": 2.0}
+    usage = {"input_tokens": 1_000, "output_tokens": 100}
+    script.opening = 2.0
+    script.records = records(
+        {"seconds": seconds, "usage": usage, "model": "gpt-4o"},
+        {"seconds": seconds | {"retrieve": 1.0}, "usage": None, "refused": True},
+        {"error": "HTTP 500", "answer": None},
+    )
+    questions = [rag.Question(question="?", answer="a b", relevant=r) for r in (None, [], ["x"])]
+    found = rag.work_out(script, questions, rag.PRICES, retrieve_only=False)
+    assert found["chunks_per_s"] == 30
+    assert found["first_token_s_p50"] == pytest.approx((0.75 + 1.25) / 2)
+    assert found["answer_s_p95"] == pytest.approx(2.5 + 0.95 * 0.5)
+    assert found["usd_per_1000"] == pytest.approx(2.5 + 1.0)
+    assert (found["retrieve_s"], found["wait_s"], found["rest_s"]) == (0.75, 0.25, 1.75)
+    assert (found["answered"], found["errors"]) == (2, 1)
+    assert (found["refused_unanswerable"], found["refused_answerable"]) == (1, None)
+    assert found["ndcg_at_10"]["mean"] == 0
+    assert found["download_mb"] is None
+    assert rag.work_out(script, questions, {}, retrieve_only=False)["usd_per_1000"] is None
+    script.chunks = 6
+    assert rag.work_out(script, questions, {}, retrieve_only=False)["chunks_per_s"] is None
+
+
+class Sizes(BaseHTTPRequestHandler):
+    """Tells that each file has a million bytes."""
+
+    def do_HEAD(self):
+        self.send_response(404 if "gone" in self.path else 200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def sizes():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Sizes)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def lock(url, *packages):
+    text = 'lock-version = "1.0"\ncreated-by = "test"\n'
+    for name, marker, wheels in packages:
+        text += f'[[packages]]\nname = "{name}"\nversion = "1"\nmarker = "{marker}"\nwheels = ['
+        for tags, size in wheels:
+            at = f"{url}/{name}-1-{tags}.whl"
+            text += f'{{url = "{at}", {size} hashes = {{sha256 = "00"}}}},'
+        text += "]\n"
+    return text
+
+
+def test_the_download_is_that_of_the_wheels_for_this_machine(files, sizes, monkeypatch):
+    here, other = ("py3-none-any", ""), ("cp27-none-any", "size = 9000000,")
+    text = lock(
+        sizes,
+        ("asked", "python_version >= '3'", [other, here]),
+        ("told", "python_version >= '3'", [("py3-none-any", "size = 500000,")]),
+        ("elsewhere", "python_version < '3'", [here]),
+    )
+    done = subprocess.CompletedProcess([], 0, text.encode(), b"")
+    monkeypatch.setattr(rag.subprocess, "run", lambda *_, **__: done)
+    assert rag.download_megabytes(Path("fake.py")) == 1.5
+    done.stdout = lock(sizes, ("gone", "python_version >= '3'", [here])).encode()
+    assert rag.download_megabytes(Path("fake.py")) is None
+
+
+def test_the_built_in_questions_fit_the_built_in_documents(tmp_path):
+    args = rag.parse_arguments([])
+    questions, documents = rag.prepare(args, tmp_path)
+    assert sum(question.relevant == [] for question in questions) == 2
+    for question in questions:
+        for label in question.relevant or []:
+            [document] = [d for d in documents if rag.matches(label, d)]
+            assert rag.contains(Path(document).read_text(), question.answer or "")
+
+
+# --- running scripts ------------------------------------------------------------------------------
+
+
+def test_scripts_are_compared_in_a_table_with_their_differences_below(compare):
+    text = compare("fake.py", "fake.py --mode reversed --top-k 2")
+    assert re.search(r"nDCG@10 +1\.00 +0\.\d\d", text)
+    assert re.search(r"answered / errors +5 / 0 +5 / 0", text)
+    assert "How many paddles has the wheel?" in text
+    assert "not all have:" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_json_tells_all_that_was_asked_and_measured(compare):
+    told = compare("fake.py", "--json", "--top-k", "2")
+    script = only(told)
+    assert (script["status"], script["reason"]) == ("ok", None)
+    assert [r["question"].strip() for r in script["records"]] == [q["question"] for q in QUESTIONS]
+    assert told["questions"][0]["relevant"] == ["mill.md"]
+    figures = script["figures"]
+    assert figures["hit_at_k"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "questions": 3}
+    assert figures["contains_expected"]["mean"] == 0.5
+    assert figures["refused_unanswerable"] == 1
+    assert figures["refused_answerable"] == 0
+    assert figures["chunks"] == 3
+    assert figures["usd_per_1000"] == pytest.approx(1_000 * (100 * 2.5 + 10 * 10) / 1e6)
+    assert 0 < figures["warm_start_s"] < 20
+    assert figures["setup_s"] > 0
+    assert figures["lines_of_code"] > 20
+    assert figures["download_mb"] is None
+    assert told["agreement"] == {"names": ["fake.py"], "overlap": [[1.0]]}
+    assert [len(r["sources"]) for r in script["records"]] == [2] * 5
+
+
+def test_retrieve_only_asks_no_llm(compare):
+    script = only(compare("fake.py", "--json", "--retrieve-only"))
+    assert {record["answer"] for record in script["records"]} == {None}
+    assert script["figures"]["contains_expected"] is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason", "answers"),
+    [
+        ("hangs", "printed nothing for 4 s", 2),
+        ("killed", "was killed by SIGKILL", 2),
+        ("rubbish", "line 2 of its output is no record: Loading the model", 2),
+        ("fewer", "ended after 2 answers, without an error", 2),
+        ("order", "line 2 of its output answers 'Something else?'", 2),
+    ],
+)
+def test_a_script_that_goes_wrong_says_so_and_does_not_stop_the_others(
+    compare, mode, reason, answers
+):
+    told = compare(f"fake.py --mode {mode}", "fake.py", "--json", "--timeout", "4", code=1)
+    wrong, right = told["scripts"]
+    assert wrong["status"] == "failed"
+    assert reason in wrong["reason"]
+    assert len(wrong["records"]) == answers
+    assert right["status"] == "ok"
+    assert len(right["records"]) == 5
+
+
+def test_a_script_that_lacks_a_key_is_a_line_that_says_why(compare):
+    text = compare("fake.py --mode no-key", "fake.py")
+    folded = " ".join(text.split())
+    assert "can't run here: error: NO_KEY is not set: export NO_KEY=..." in folded
+    assert "Traceback" not in text
+    alone = compare("fake.py --mode no-key", code=2)
+    assert "NO_KEY" in alone
+
+
+def test_a_script_without_the_collections_options_can_not_take_part(compare, files):
+    Path("other.py").write_text("print('usage: other')")
+    assert "--help names no --json" in compare("other.py", code=2)
+
+
+def test_questions_that_fail_are_counted_and_shown(compare):
+    told = compare("fake.py --mode errors", "--json", code=1)
+    figures = only(told)["figures"]
+    assert (figures["answered"], figures["errors"]) == (4, 1)
+    text = " ".join(compare("fake.py --mode errors", code=1).split())
+    assert "1 questions failed, the first: HTTP 500" in text
+
+
+def test_long_lists_of_questions_are_asked_in_several_commands(monkeypatch):
+    monkeypatch.setattr(rag, "MAX_ARGUMENTS", 100)
+    asked = [f"question {n} {'x' * 30}" for n in range(9)]
+    found = list(rag.batches(asked))
+    assert [question for batch in found for question in batch] == asked
+    assert [len(batch) for batch in found] == [1, 2, 2, 2, 2]
+
+
+def test_a_script_and_what_it_started_are_ended(files):
+    stubborn = "import os, signal, time; signal.signal(2, signal.SIG_IGN); "
+    stubborn += "print(os.getpid(), flush=True); time.sleep(600)"
+    start = f"subprocess.Popen([sys.executable, '-c', {stubborn!r}]); time.sleep(600)"
+    Path("parent.py").write_text(f"import subprocess, sys, time\n{start}\n")
+    lines = rag.lines_of(["uv", "run", "--offline", "parent.py"], 60)
+    pid = int(next(lines)[1])
+    lines.close()
+    assert not is_alive(pid)
+
+
+def is_alive(pid):
+    """Whether a process is there, and no zombie."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_script_and_shows_what_was_measured(files, number):
+    arguments = ["fake.py", "fake.py --mode hangs", "fake.py --mode reversed", *GIVEN]
+    process = subprocess.Popen(
+        command("rag_compare.py", *arguments),
+        env=environment(OFFLINE),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    pid, end = Path("hangs.pid"), time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode in (130, 143), err  # uv's own, where it was signalled too
+    assert "Traceback" not in err
+    assert not is_alive(int(pid.read_text()))
+    assert re.search(r"answered / errors +5 / 0 +2 / 0", out)
+    assert "was interrupted" in out
+    assert "fake.py --mode reversed not run" in " ".join(out.split())
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("", "q.jsonl is empty"),
+        ('{"question": "A?"}\n{"question": 3}', "line 2: question: Input should be a valid string"),
+        ('{"question": "A?"}\n\n{"question": ', "line 3: Invalid JSON"),
+        ('{"question": " "}', 'line 1: "question" is empty'),
+        ('{"question": "A?", "relevent": []}', "line 1: relevent: Extra inputs"),
+        ('{"question": "A?", "relevant": ["x.md"]}', "line 1: \"relevant\": 'x.md' names no docu"),
+        ('{"question": "A?", "relevant": ["a.md"]}', "names 2 documents: write more of its path"),
+        ('{"question": "A?", "relevant": [], "answer": "b"}', 'says that there is no "answer"'),
+        ('{"question": "\\ud800"}', "line 1: Invalid JSON"),
+    ],
+)
+def test_a_bad_line_of_the_questions_is_named(files, capsys, lines, told):
+    for name in ("notes/a.md", "notes/sub/a.md"):
+        Path(name).write_text("A")
+    Path("q.jsonl").write_text(lines)
+    assert rag.main(["fake.py", *GIVEN]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["no.py", *GIVEN], "no such script: no.py"),
+        (["fake.py 'open", *GIVEN], "is no script with options"),
+        (["fake.py", *GIVEN, "--report", "no/r.html"], "--report: no/r.html can't be written"),
+        (["fake.py", *GIVEN, "--report", "notes"], "it is a folder"),
+        (["fake.py", *GIVEN, "--prices", "q.jsonl"], "the prices in q.jsonl can't be read"),
+        (["fake.py", *GIVEN, "--trace", "fake.py"], "fake.py"),
+        (["fake.py", "--docs", "no", "--questions", "q.jsonl"], "no such file or folder: no"),
+        (["fake.py", "--docs", "notes", "--questions", "no.jsonl"], "the questions can't be read"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_before_anything_runs(
+    files, capsys, monkeypatch, arguments, told
+):
+    monkeypatch.setattr(rag, "run_all", lambda *_: pytest.fail("it ran"))
+    assert rag.main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--docs", "notes"], ["--timeout", "0"], ["--timeout", "nan"], ["--top-k", "0"]]
+)
+def test_a_usage_error_is_one_line(files, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        rag.main(arguments)
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(files):
+    process = subprocess.Popen(
+        command("rag_compare.py", "fake.py", *GIVEN),
+        env=environment(OFFLINE),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr
+    assert process.stderr.read() == ""
+
+
+# --- prices, traces -------------------------------------------------------------------------------
+
+
+def test_prices_of_a_file_go_before_the_built_in_ones(compare):
+    Path("prices.json").write_text('{"gpt-4o": [1, 2], "mine": [10, 20]}')
+    names = ["fake.py", "fake.py --model mine", "fake.py --model other"]
+    told = compare(*names, "--json", "--prices", "prices.json")
+    costs = [script["figures"]["usd_per_1000"] for script in told["scripts"]]
+    assert costs == [pytest.approx(0.12), pytest.approx(1.2), None]
+
+
+def test_a_later_run_tells_what_changed_since(compare, monkeypatch):
+    monkeypatch.setenv("ANSWER", "32 oak")
+    first = compare("fake.py", "--json", "--trace", "kept")
+    assert first["changes"] is None
+    [folder] = Path("kept").iterdir()
+    run = json.loads((folder / "run.json").read_text())
+    lines = (folder / run["scripts"][0]["file"]).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == only(first)["records"]
+    assert run["scripts"][0]["figures"] == only(first)["figures"]
+
+    monkeypatch.setenv("ANSWER", "owl")
+    second = compare("fake.py", "--json", "--trace", "kept")
+    changed = second["changes"]["scripts"]["fake.py"]
+    assert {(c["before"], c["now"]) for c in changed["answers"]} == {("32 oak", "owl")}
+    assert changed["passages"] == []
+    assert set(changed["figures"]) <= {"warm_start_s", "setup_s"}, "times alone: half are right"
+
+    text = compare("fake.py", "--top-k", "1", "--trace", "kept")
+    assert f"Since {second['started']}" in text
+    assert "other passages for: How many paddles has the wheel?" in " ".join(text.split())
+    Path("notes/mill.md").write_text("Other documents: there is nothing to compare with.")
+    assert compare("fake.py", "--json", "--trace", "kept")["changes"] is None
+
+
+def test_a_full_disk_under_the_trace_ends_the_run_and_shows_what_was_measured(
+    files, monkeypatch, capsys
+):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setattr(rag.Record, "model_dump_json", full)
+    assert rag.main(["fake.py", *GIVEN, "--trace", "kept"]) == 2
+    told = capsys.readouterr()
+    assert "No space left on device" in told.err
+    assert re.search(r"answered / errors +1 / 0", told.out)
+
+
+# --- the collection's own scripts -----------------------------------------------------------------
+
+
+def test_scripts_of_the_collection_are_compared(run, llm, files):
+    names = ["rag_faiss_openai.py", "rag_async.py"]
+    for name in names:
+        command(name)  # makes its environment
+    arguments = [*(str(ROOT / name) for name in names), "--no-downloads", "--json"]
+    done = run("rag_compare.py", *arguments, env=OFFLINE)
+    told = json.loads(done.stdout)
+    assert [script["status"] for script in told["scripts"]] == ["ok", "ok"], told
+    assert done.returncode == 0
+    for script in told["scripts"]:
+        figures = script["figures"]
+        assert figures["hit_at_k"]["mean"] > 0.8
+        assert figures["refused_unanswerable"] is not None
+        assert figures["chunks"] == len(rag.DOCUMENTS)
+        assert figures["usd_per_1000"] > 0
+        assert 0 < figures["warm_start_s"] < 60
+        assert script["records"][0]["sources"][0]["source"].startswith("built-in")
+    assert told["agreement"]["overlap"][0][1] == 1, "the same chunks, the same embedder"
+    assert len(llm.chat_requests) == 2 * len(rag.QUESTIONS), "each question is asked once"
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
+def test_the_report_is_one_page_that_asks_nothing_and_shows_hostile_text_as_text(
+    compare, monkeypatch
+):
+    monkeypatch.setenv("ANSWER", f"The fox says {HOSTILE}")
+    names = ["fake.py", f"fake.py --mode reversed --model '{HOSTILE}'", "fake.py --mode no-key"]
+    compare(*names, "--top-k", "1", "--report", "r.html")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            asked, complaints = [], []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.on("console", lambda told, said=complaints: said.append(told.text))
+            page.goto(Path("r.html").absolute().as_uri())
+            assert page.title() == "RAG scripts side by side"
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+            assert complaints == []
+            assert page.locator("script, article img").count() == 0
+            assert HOSTILE in page.locator("article .said").first.inner_text()
+            assert page.locator("figure svg").count() == 4
+            assert page.get_by_role("img", name="Quality against time").is_visible()
+            assert page.locator("th[scope=row]", has_text="nDCG@10").count() == 1
+            assert page.get_by_text("not all have this").count() > 0
+            assert page.get_by_text("NO_KEY is not set").is_visible()
+            assert page.evaluate(CONTRAST) >= 4.5
+        browser.close()
+
+
+CONTRAST = """() => {
+    const light = color => {
+        const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const ground = light(getComputedStyle(document.querySelector("figure")).backgroundColor);
+    const ink = [".muted", "figure svg text", "h2", ".bad"].map(
+        name => document.querySelector(name)).map(element => light(element.closest("svg")
+        ? getComputedStyle(element).fill : getComputedStyle(element).color));
+    return Math.min(...ink.map(
+        i => (Math.max(i, ground) + 0.05) / (Math.min(i, ground) + 0.05)));
+}"""
