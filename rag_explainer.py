@@ -368,10 +368,17 @@ def join_heads(x: Array) -> Array:
 
 
 @functools.cache
-def error_function() -> tuple[Array, Array]:
-    """Points and values of erf, which numpy lacks: read between them it is right to 1e-9."""
-    points = np.linspace(-6, 6, 120_001)
-    return points, np.array([math.erf(point) for point in points])
+def erf_table() -> Array:
+    """Values of the error function, which numpy lacks, from -6 to 6 in steps of 1/2000."""
+    return np.array([math.erf(n / 2_000 - 6) for n in range(24_001)])
+
+
+def gelu(x: Array) -> Array:
+    """Let through what is positive, smoothly (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    place = (x.clip(-8, 8) / math.sqrt(2) + 6) * 2_000.0
+    n = place.astype(int)
+    erf = erf_table()[n] + (place - n) * (erf_table()[n + 1] - erf_table()[n])  # right to 3e-8
+    return (x * (1 + erf) / 2).astype(np.float32)
 
 
 class MiniLM:
@@ -409,8 +416,7 @@ class MiniLM:
             attention = softmax(q @ k.swapaxes(1, 2) / math.sqrt(32))
             mixed = linear(join_heads(attention @ v), f"{at}.attention.output.dense")
             x = normalise(x + mixed, f"{at}.attention.output.LayerNorm")
-            h = linear(x, f"{at}.intermediate.dense")  # (n, 1536)
-            h = h * (1 + np.interp(h / math.sqrt(2), *error_function()).astype(np.float32)) / 2
+            h = gelu(linear(x, f"{at}.intermediate.dense"))  # (n, 1536)
             x = normalise(x + linear(h, f"{at}.output.dense"), f"{at}.output.LayerNorm")
         mean = x.mean(0)  # mean pooling: one vector of all the tokens'
         return mean / np.linalg.norm(mean)
@@ -437,6 +443,7 @@ class SmolLM:
         self.base = field["llama.rope.freq_base"]()
         self.epsilon = field["llama.attention.layer_norm_rms_epsilon"]()
         self.ids = {text: n for n, text in enumerate(field["tokenizer.ggml.tokens"]())}
+        self.ends = {self.ids["<|im_end|>"], self.ids["<|endoftext|>"]}
         merges = [tuple(pair.split(" ")) for pair in field["tokenizer.ggml.merges"]()]
         self.tokenizer = Tokenizer(models.BPE(self.ids, merges))
         pieces = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -481,7 +488,7 @@ class SmolLM:
             kept.append((k, v))
             k, v = k.repeat(3, 0), v.repeat(3, 0)  # grouped queries: three heads share a key
             scores = q @ k.swapaxes(1, 2) / math.sqrt(64)
-            attention = softmax(np.where(future, -np.inf, scores).astype(np.float32))
+            attention = softmax(np.where(future, -np.inf, scores))
             seen.append(attention[:, -rows:])
             x = x + join_heads(attention @ v) @ w(f"{at}.attn_output.weight").T
             h = normalise(x, f"{at}.ffn_norm")
@@ -594,30 +601,29 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
     """
     tokens, owners = tokenize(question, sentences, llm)
     words = [llm.tokenizer.decode([token]) for token in tokens]
-    # The columns of the context; a line break is no word.
-    places = [n for n, owner in enumerate(owners) if owner >= 0 and words[n].strip()]
-    columns = [{"text": words[n], "sentence": owners[n]} for n in places]
+    context = [n for n, word in enumerate(words) if owners[n] >= 0 and word.strip()]
+    columns = [{"text": words[n], "sentence": owners[n]} for n in context]
     yield "prompt", {"text": llm.tokenizer.decode(tokens), "columns": columns}
-    scores, seen, cache = llm.read(tokens)
-    bare = llm.read(tokenize(question, [], llm)[0]) if sentences else (scores, seen, cache)
     answer, rows, stopped = [], [], "length"
+    scores, seen, cache = llm.read(tokens)
+    bare_scores, _, bare_cache = llm.read(tokenize(question, [], llm)[0])
     while len(answer) < MAX_ANSWER:
-        p, p_bare = softmax(scores[-1]), softmax(bare[0][-1])
+        p, bare_p = softmax(scores[-1]), softmax(bare_scores[-1])
         token = int(p.argmax())
         text = llm.tokenizer.decode([token])
-        if token in (llm.ids["<|im_end|>"], llm.ids["<|endoftext|>"]) or "\n" in text:
+        if token in llm.ends or "\n" in text:
             stopped = "end"
             break
         answer.append(token)
-        # `seen` is the row that predicts this token: what the last one read looked at.
-        rows.append(attention_maps(seen[:, :, -1, [0, *places]]))
-        same = [n for n, word in enumerate(words[n] for n in places) if alike(word, text)]
-        share = float(rows[-1][-len(COPY_HEADS) :, 1:][:, same].sum(1).mean())
-        copied = share >= COPY_SHARE and p[token] > p_bare[token]
-        told = (float(p[token]), float(p_bare[token]), share, bool(copied))
+        # What the last token looked at when it predicted this one; first the sink, see `pack`.
+        rows.append(attention_maps(seen[:, :, -1, [0, *context]]))
+        same = [n for n, place in enumerate(context, 1) if alike(words[place], text)]
+        share = rows[-1][-len(COPY_HEADS) :, same].sum(1).mean()
+        copied = share >= COPY_SHARE and p[token] > bare_p[token]
+        told = (float(p[token]), float(bare_p[token]), float(share), bool(copied))
         yield "token", asdict(Token(token, text, *told))
         scores, seen, cache = llm.read([token], cache)
-        bare = llm.read([token], bare[2]) if sentences else (scores, seen, cache)
+        bare_scores, _, bare_cache = llm.read([token], bare_cache)
     text = llm.tokenizer.decode(answer).strip()
     yield "done", {"answer": text, "stopped": stopped, "attention": pack(rows)}
 
@@ -670,20 +676,24 @@ def marginal(similarities: Array, log_likelihoods: Array, temperature: float) ->
     return {"prior": prior.tolist(), "terms": terms.tolist(), "sum": float(terms.sum())}
 
 
-def likelihoods(
-    question: str, sentences: list[str], answer: list[int], llm: SmolLM
+def explain_answer(
+    question: str, sentences: list[str], similarities: Array, answer: list[int], llm: SmolLM
 ) -> dict[str, Any]:
-    """Work out the terms that `marginal` needs of the answer y, given by its tokens.
+    """Work out each term of `marginal` for an answer y, given by its tokens.
 
-    {"answer": y as text; "tokens": of each token the text; "sentences": log p of each token after
-    each sentence z alone, (k, n); "none": the same without any, (n)}
+    {"answer": y as text; "tokens": the text of each of its n tokens; "sentences": log p of each
+    token after each of the k sentences z alone (k, n); "none": the same without any (n);
+    "temperature"; "marginal": see `marginal`, at that temperature, over these sentences}
     """
     after = [log_likelihoods(question, [sentence], answer, llm) for sentence in sentences]
+    wholes = np.array([terms.sum() for terms in after])
     return {
         "answer": llm.tokenizer.decode(answer).strip(),
         "tokens": [llm.tokenizer.decode([token]) for token in answer],
         "sentences": [rounded(terms) for terms in after],
         "none": rounded(log_likelihoods(question, [], answer, llm)),
+        "temperature": TEMPERATURE,
+        "marginal": marginal(similarities, wholes, TEMPERATURE),
     }
 
 
@@ -805,10 +815,10 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
     text in place; "defaults": {"k", "diversity", "temperature"}; "limits": {"question":
     characters, "answer": tokens, "copy_share": see `generate`}; "domains": see `describe`;
     "scenes": see `scenes`; "code": the source of what made each picture; "generations" and
-    "likelihoods": empty, or what `precompute` adds to an export}
+    "marginals": empty, or what `precompute` adds to an export}
     """
     domains = [describe(space, embedder) for space in spaces]
-    model = (softmax, split_heads, join_heads, error_function, MiniLM, SmolLM)
+    model = (softmax, split_heads, join_heads, erf_table, gelu, MiniLM, SmolLM)
     code = {
         "embed": (MiniLM.embed,),
         "project": (project, residuals),
@@ -817,7 +827,7 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
         "build_prompt": (build_prompt,),
         "generate": (generate,),
         "attention": (attention_maps, pack),
-        "marginal": (log_likelihoods, marginal),
+        "marginal": (marginal, log_likelihoods),
         "model": model,
     }
     return {
@@ -833,7 +843,7 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
             for name, parts in code.items()
         },
         "generations": {},
-        "likelihoods": {},
+        "marginals": {},
     }
 
 
@@ -841,8 +851,8 @@ def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
     """Add the answers to all fixed questions, for a page that no model stands behind.
 
     "generations": {"domain/question/1,0": what `generate` yields of sentences 1 and 0, in one};
-    there are `choices`, and each of the nearest alone. "likelihoods": {"domain/question": see
-    `likelihoods`, of the answer from the nearest, after each sentence of the domain}.
+    there are `choices`, and each of the nearest alone. "marginals": {"domain/question": see
+    `explain_answer`, of the answer from the nearest, over all sentences of the domain}.
     """
     tasks = []
     for d, domain in enumerate(data["domains"]):
@@ -855,15 +865,15 @@ def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
     bar = tqdm(tasks, "answering", unit="answer", disable=None)
     for d, q, on in bar:
         domain = data["domains"][d]
-        text, sentences = domain["questions"][q]["text"], domain["sentences"]
-        events = generate(text, [sentences[number] for number in on], llm)
-        data["generations"][f"{d}/{q}/{','.join(map(str, on))}"] = gathered(events)
-    for d, domain in enumerate(data["domains"]):
-        for q, question in enumerate(domain["questions"]):
-            nearest = ",".join(map(str, choices(question, domain)["nearest"]))
-            answer = [token["id"] for token in data["generations"][f"{d}/{q}/{nearest}"]["tokens"]]
-            found = likelihoods(question["text"], domain["sentences"], answer, llm)
-            data["likelihoods"][f"{d}/{q}"] = found
+        question = domain["questions"][q]
+        text = question["text"]
+        events = generate(text, [domain["sentences"][number] for number in on], llm)
+        found = gathered(events)
+        data["generations"][f"{d}/{q}/{','.join(map(str, on))}"] = found
+        tokens = [token["id"] for token in found["tokens"]]
+        if tokens and list(on) == choices(question, domain)["nearest"]:
+            given = (text, domain["sentences"], np.array(question["similarities"]))
+            data["marginals"][f"{d}/{q}"] = explain_answer(*given, tokens, llm)
     return data | {"exported": True}
 
 
@@ -921,7 +931,7 @@ def create_app(topics: list[Topic]) -> Any:
     GET / is the page, GET /data what `collect` tells. POST /embed {"domain": number, "text"}
     answers with `locate`. POST /generate {"domain", "question", "on": numbers of sentences, in
     their order} sends the events of `generate` as they come (Server-Sent Events), or "error".
-    POST /likelihoods, the same with "answer": numbers of tokens, answers with `likelihoods`.
+    POST /marginal, the same with "answer": its tokens' numbers, answers with `explain_answer`.
     Where something is wrong the answer is {"detail": str}.
     """
     from starlette.applications import Starlette
@@ -933,11 +943,11 @@ def create_app(topics: list[Topic]) -> Any:
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    # The LLM takes seconds to load: meanwhile the page shows everything that needs none.
-    loading = ThreadPoolExecutor(1, "llm").submit(SmolLM)
     embedder = MiniLM()
     spaces = [build_space(topic, embedder) for topic in topics]
     data = json.dumps(collect(spaces, embedder)).encode()
+    # The LLM takes seconds to load: meanwhile the page shows all that needs none.
+    loading = ThreadPoolExecutor(1, "llm").submit(SmolLM)
 
     class Guard:
         """Refuses other web pages that this browser has open."""
@@ -981,12 +991,13 @@ def create_app(topics: list[Topic]) -> Any:
             raise HTTPException(422, f"the numbers in {name} go from 0 to {limit - 1}")
         return numbers
 
-    def sentences_of(fields: dict[str, Any], space: Space, question: str) -> list[str]:
+    def sentences_of(fields: dict[str, Any], space: Space) -> list[str]:
         on = numbers_of(fields, "on", len(space.topic.sentences))
-        sentences = [space.topic.sentences[n] for n in dict.fromkeys(on)]
+        return [space.topic.sentences[n] for n in dict.fromkeys(on)]
+
+    def check_length(question: str, sentences: list[str]) -> None:
         if len(tokenize(question, sentences, loading.result())[0]) > MAX_PROMPT:
             raise HTTPException(413, f"more than {MAX_PROMPT} tokens: switch sentences off")
-        return sentences
 
     async def get_page(_: Request) -> Response:
         page, policy = build_page()
@@ -1004,29 +1015,37 @@ def create_app(topics: list[Topic]) -> Any:
 
     async def post_generate(request: Request) -> Response:
         fields, space = await asked(request)
-        question = question_of(fields, "question")
-        sentences = await run_in_threadpool(sentences_of, fields, space, question)
+        question, sentences = question_of(fields, "question"), sentences_of(fields, space)
+        await run_in_threadpool(check_length, question, sentences)
 
-        def server_sent() -> Iterator[str]:  # in a worker thread, token by token: a client that
-            try:  # leaves is noticed between two
+        def server_sent() -> Iterator[str]:
+            try:
                 for name, event in generate(question, sentences, loading.result()):
                     yield f"event: {name}\ndata: {json.dumps(event)}\n\n"
             except Exception as error:
                 notice(f"error: {one_line(error)}")
                 yield f"event: error\ndata: {json.dumps({'detail': one_line(error)})}\n\n"
 
+        # Starlette asks in a worker thread for one event after the other, and asks no more when
+        # the client has left: nobody has to tell the model to stop.
         headers = {"Cache-Control": "no-store"}
         return StreamingResponse(server_sent(), media_type="text/event-stream", headers=headers)
 
-    async def post_likelihoods(request: Request) -> Response:
+    async def post_marginal(request: Request) -> Response:
         fields, space = await asked(request)
-        question = question_of(fields, "question")
-        sentences = await run_in_threadpool(sentences_of, fields, space, question)
+        question, sentences = question_of(fields, "question"), sentences_of(fields, space)
         answer = numbers_of(fields, "answer", VOCABULARY)
-        if not 0 < len(answer) <= MAX_ANSWER:
-            raise HTTPException(422, f"answer must have 1 to {MAX_ANSWER} tokens")
-        llm = loading.result()
-        return JSONResponse(await run_in_threadpool(likelihoods, question, sentences, answer, llm))
+        if not sentences or not 0 < len(answer) <= MAX_ANSWER:
+            raise HTTPException(422, f"needs a sentence, and an answer of 1 to {MAX_ANSWER} tokens")
+        await run_in_threadpool(check_length, question, sentences)
+
+        def work() -> dict[str, Any]:
+            similarities = np.stack([embedder.embed(s) for s in sentences]) @ embedder.embed(
+                question
+            )
+            return explain_answer(question, sentences, similarities, answer, loading.result())
+
+        return JSONResponse(await run_in_threadpool(work))
 
     async def refuse(_: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 500)
@@ -1037,7 +1056,7 @@ def create_app(topics: list[Topic]) -> Any:
         Route("/data", get_data),
         Route("/embed", post_embed, methods=["POST"]),
         Route("/generate", post_generate, methods=["POST"]),
-        Route("/likelihoods", post_likelihoods, methods=["POST"]),
+        Route("/marginal", post_marginal, methods=["POST"]),
     ]
     return Starlette(
         routes=routes, middleware=[Middleware(Guard)], exception_handlers={HTTPException: refuse}
@@ -1136,9 +1155,9 @@ def one_line(text: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve or export the page. Returns the exit code."""
+    args = parse_arguments(argv)
     from threadpoolctl import threadpool_limits
 
-    args = parse_arguments(argv)
     # A token's vectors are too small to share out: several threads wait longer than they work.
     threadpool_limits(1, "blas")
     try:
