@@ -101,7 +101,7 @@ def reference_llm(llm: rag.SmolLM) -> LlamaForCausalLM:
         rms_norm_eps=llm.epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": llm.base},
         tie_word_embeddings=True,
-        attn_implementation="eager",
+        attn_implementation="eager",  # ty: ignore[unknown-argument]
     )
     table = llm.weights["token_embd.weight"]
     state = {"model.embed_tokens.weight": table, "lm_head.weight": table}
