@@ -580,6 +580,18 @@ def tokenize(question: str, sentences: list[str], llm: SmolLM) -> tuple[list[int
     return tokens, owners
 
 
+def spell(tokens: list[int], llm: SmolLM) -> list[str]:
+    """Return each token's text; a character of several tokens stands with the last of them."""
+    texts, part = [], []
+    for token in tokens:
+        part.append(token)
+        text = llm.tokenizer.decode(part)
+        whole = not text.endswith("\ufffd") or len(part) == 4  # no character has more bytes
+        texts.append(text if whole else "")
+        part = [] if whole else part
+    return texts
+
+
 @dataclass(frozen=True)
 class Token:
     """A token of an answer, and what the model thought of it with and without the sentences."""
@@ -600,7 +612,7 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
     {"answer": str, "stopped": "end" or "length", "attention": see `pack`}).
     """
     tokens, owners = tokenize(question, sentences, llm)
-    words = [llm.tokenizer.decode([token]) for token in tokens]
+    words = spell(tokens, llm)
     context = [n for n, word in enumerate(words) if owners[n] >= 0 and word.strip()]
     columns = [{"text": words[n], "sentence": owners[n]} for n in context]
     yield "prompt", {"text": llm.tokenizer.decode(tokens), "columns": columns}
@@ -610,7 +622,7 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
     while len(answer) < MAX_ANSWER:
         p, bare_p = softmax(scores[-1]), softmax(bare_scores[-1])
         token = int(p.argmax())
-        text = llm.tokenizer.decode([token])
+        text = spell([*answer, token], llm)[-1]
         if token in llm.ends or "\n" in text:
             stopped = "end"
             break
@@ -689,7 +701,7 @@ def explain_answer(
     wholes = np.array([terms.sum() for terms in after])
     return {
         "answer": llm.tokenizer.decode(answer).strip(),
-        "tokens": [llm.tokenizer.decode([token]) for token in answer],
+        "tokens": spell(answer, llm),
         "sentences": [rounded(terms) for terms in after],
         "none": rounded(log_likelihoods(question, [], answer, llm)),
         "temperature": TEMPERATURE,
