@@ -607,7 +607,7 @@ class Token:
 def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple[str, Any]]:
     """Answer greedily: the likeliest token each time. Yields what happens, as (name, data).
 
-    ("prompt", {"text": the whole prompt, "columns": [{"text", "sentence"}] of each context token,
+    ("prompt", {"prompt": the whole of it, "columns": [{"text", "sentence"}] of each context token,
     "sentence" counted within `sentences`}), ("token", Token) for each token, ("done",
     {"answer": str, "stopped": "end" or "length", "attention": see `pack`}).
     """
@@ -615,7 +615,7 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
     words = spell(tokens, llm)
     context = [n for n, word in enumerate(words) if owners[n] >= 0 and word.strip()]
     columns = [{"text": words[n], "sentence": owners[n]} for n in context]
-    yield "prompt", {"text": llm.tokenizer.decode(tokens), "columns": columns}
+    yield "prompt", {"prompt": llm.tokenizer.decode(tokens), "columns": columns}
     answer, rows, stopped = [], [], "length"
     scores, seen, cache = llm.read(tokens)
     bare_scores, _, bare_cache = llm.read(tokenize(question, [], llm)[0])

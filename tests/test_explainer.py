@@ -682,7 +682,7 @@ def test_a_client_that_leaves_stops_its_generation(monkeypatch, embedder, llm):
     monkeypatch.setattr(rag.MiniLM, "__init__", lambda self: vars(self).update(vars(embedder)))
     monkeypatch.setattr(rag.SmolLM, "__init__", lambda self: vars(self).update(vars(llm)))
     monkeypatch.setattr(rag, "generate", endless)
-    config = uvicorn.Config(rag.create_app(rag.TOPICS[:1]), log_level="error")
+    config = uvicorn.Config(rag.create_app(rag.TOPICS), log_level="error")
     server = uvicorn.Server(config)
     bound = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
