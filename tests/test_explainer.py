@@ -359,7 +359,7 @@ def test_without_sentences_both_probabilities_are_one(llm):
 def test_the_data_holds_what_its_docstrings_say(data):
     assert set(data) == {
         *("exported", "models", "chat", "defaults", "limits", "domains", "scenes", "code"),
-        *("generations", "marginals"),
+        *("generations", "marginals", "copy_heads"),
     }
     names = [domain["name"] for domain in data["domains"]]
     assert names == ["air quality", "cooking", "history", "medicine"]
