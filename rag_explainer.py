@@ -1290,14 +1290,14 @@ svg { display: block; }
 .map { width: 100%; height: auto; border: 1px solid var(--line); border-radius: .6rem;
   background: var(--card); }
 .map text, .heat text { fill: var(--text); }
-.map text { font-size: calc(15px * var(--unit)); }
+.map text { font-size: calc(15px * var(--unit)); paint-order: stroke; stroke: var(--card);
+  stroke-width: calc(4px * var(--unit)); }
 .dot { fill: var(--muted); }
 .lit .dot { fill: var(--accent); }
 .found .dot { fill: var(--accent); }
 .false { stroke: var(--bad); stroke-width: 2; stroke-dasharray: 5 4; }
 .near { stroke: var(--accent); stroke-width: 2; }
-.map .seen-as { fill: var(--accent); font-weight: 600; paint-order: stroke; stroke: var(--card);
-  stroke-width: 4px; }
+.map .seen-as { fill: var(--accent); font-weight: 600; }
 #handle { cursor: grab; touch-action: none; outline: none; }
 #handle path { fill: var(--card); stroke: var(--accent); stroke-width: 3; }
 #handle .halo { fill: var(--accent); fill-opacity: .1; }
@@ -1325,8 +1325,8 @@ td:has(bdi) { min-width: 8rem; }
 #distances .found td { background: var(--soft); }
 #distances .found td:first-child { border-left-color: var(--accent); }
 .tokens { display: flex; flex-wrap: wrap; align-content: flex-start; gap: .3rem; margin: 0;
-  padding: 0; list-style: none; min-height: 16rem; }
-.pair .tokens { min-height: 24rem; }
+  padding: 0; list-style: none; min-height: 7rem; }
+.tokens .later { visibility: hidden; } /* its place is kept: nothing moves when it comes */
 .tokens li { display: grid; min-width: 3.6rem; padding: .15rem .35rem .25rem; border-radius: .3rem;
   background: var(--soft); }
 .tokens .word { white-space: pre; font-weight: 600; }
@@ -1375,7 +1375,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
 @media (prefers-reduced-motion: no-preference) {
   html { scroll-behavior: smooth; }
   #prompt.new > * { animation: appear .5s both; }
-  .tokens li { animation: appear .25s both; }
+  .tokens li:not(.later) { animation: appear .25s both; }
   @keyframes appear { from { opacity: 0; } }
 }
 </style>
@@ -2166,10 +2166,10 @@ class Player {
     this.lanes.forEach((lane, n) => this.renderLane(lane, answers[n]));
   }
   renderLane(lane, answer) {
-    const list = lane.querySelector("ol"), tokens = answer.tokens.slice(0, this.shown);
-    const isBare = list.dataset.lane === "bare";
-    while (list.childElementCount > tokens.length) list.lastChild.remove();
-    for (const token of tokens.slice(list.childElementCount)) list.append(tokenItem(token, isBare));
+    const list = lane.querySelector("ol"), isBare = list.dataset.lane === "bare";
+    const fresh = answer.tokens.slice(list.childElementCount);
+    list.append(...fresh.map((token) => tokenItem(token, isBare)));
+    [...list.children].forEach((item, n) => item.classList.toggle("later", n >= this.shown));
     list.ariaBusy = String(this.playing);
     const done = answer.error || (answer.done && this.shown >= answer.tokens.length);
     const waits = answer.tokens.length || answer.error ? "" : "The model reads the prompt ...";
@@ -2346,12 +2346,13 @@ const times = (log10) => log10 < 4 ? Math.round(10 ** log10).toLocaleString("en"
 
 const LESSONS = { // the title, the reason, what mends it
   "wrong domain": ["The wrong texts", "None of these sentences holds the answer. Retrieval finds "
-    + "the nearest all the same, however far, and the model fills the gap.", "Ask it of its own texts"],
+    + "the nearest all the same, however far, and the model fills the gap.",
+    "Ask it of its own texts"],
   crowded: ["k too large", "With every sentence in the prompt the right one is there, among many. "
     + "A small model picks a wrong one.", "Take the 2 nearest"],
   redundant: ["Redundant documents", "Two copies of one fact take both places; the fact that is "
     + "needed comes third.", "Choose by MMR"],
-  "two hops": ["Two hops", "The question names one thing, and the answer hangs on another that it "
+  "two hops": ["Two hops", "The question names one thing; the answer hangs on another that it "
     + "does not name. A second search, for what the first one found, would find it.",
     "Hand it both sentences"],
 };
