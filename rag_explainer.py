@@ -799,6 +799,16 @@ def choices(question: dict[str, Any], domain: dict[str, Any]) -> dict[str, list[
     }
 
 
+def slides(question: dict[str, Any], domain: dict[str, Any]) -> list[list[int]]:
+    """Which sentences the page's sliders choose, of k in the plain lesson and lambda in its own."""
+    similarities, cosines = np.array(question["similarities"]), np.array(domain["cosines"])
+    if question["lesson"] == "plain":
+        return [retrieve(similarities, k) for k in range(1, len(similarities))]
+    if question["lesson"] == "redundant":
+        return [mmr(similarities, cosines, TOP_K, step / 20) for step in range(21)]
+    return []
+
+
 def scenes(domains: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Four ways to fail in each domain, which the page sets up with one click each.
 
@@ -874,8 +884,8 @@ def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
     """Add the answers to all fixed questions, for a page that no model stands behind.
 
     "generations": {"domain/question/1,0": what `generate` yields of sentences 1 and 0, in one};
-    there are `choices`, and each of the nearest alone. "marginals": {"domain/question": see
-    `explain_answer`, of the answer from the nearest, over all sentences of the domain}.
+    there are `choices`, each of the nearest alone, and `slides`. "marginals": {"domain/question":
+    see `explain_answer`, of the answer from the nearest, over all sentences of the domain}.
     """
     tasks = []
     for d, domain in enumerate(data["domains"]):
@@ -883,7 +893,8 @@ def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
             sets = choices(question, domain)
             alone = [[number] for number in sets["nearest"]]
             # Of one's own sentences all may be too many to read.
-            wanted = [*(sets[name] for name in sets if name != "all" or question["lesson"]), *alone]
+            wanted = [sets[name] for name in sets if name != "all" or question["lesson"]]
+            wanted += alone + slides(question, domain)
             tasks += [(d, q, on) for on in dict.fromkeys(map(tuple, wanted))]
     bar = tqdm(tasks, "answering", unit="answer", disable=None)
     for d, q, on in bar:
@@ -1311,7 +1322,7 @@ ol.sentences .shared { color: var(--muted); }
 .track { display: block; height: .5rem; border-radius: .25rem; background: var(--soft);
   box-shadow: inset 0 0 0 1px var(--line); }
 .track > span { display: block; height: 100%; border-radius: .25rem; background: var(--accent); }
-.scroll { overflow-x: auto; }
+.scroll { max-height: 36rem; margin-bottom: .8rem; overflow: auto; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
@@ -1481,7 +1492,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       <output id="k-value" for="k"></output>
       <button id="back">Back to the question's own place</button>
     </div>
-    <div class="scroll"><table id="distances">
+    <div class="scroll" tabindex="0" role="region" aria-label="Distances"><table id="distances">
       <thead><tr><th>sentence</th><th class="number">seen, 2-D</th>
         <th class="number">true, 384-D</th><th class="number">cosine</th></tr></thead>
       <tbody></tbody>
@@ -1596,13 +1607,13 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       <input id="temperature" type="range" min="-2" max="0.3" step="0.05">
       <output id="temperature-value" for="temperature"></output>
     </div>
-    <div class="scroll"><table id="sum">
+    <div class="scroll" tabindex="0" role="region" aria-label="The sum"><table id="sum">
       <thead><tr><th>sentence z</th><th class="number">p(z|x)</th><th class="number">p(y|x,z)</th>
         <th class="number">product</th></tr></thead>
       <tbody></tbody>
     </table></div>
     <p id="odds" role="status"></p>
-    <div class="scroll"><table>
+    <div class="scroll" tabindex="0" role="region" aria-label="RAG and kNN-LM"><table>
       <thead><tr><th></th><th>RAG</th><th>kNN-LM</th></tr></thead>
       <tbody>
         <tr><th>looks up</th><td>texts like the question</td>
@@ -1762,8 +1773,8 @@ function chooseDomain(n) {
 
 // ---- Answers: from the file, or from the server as they are generated ----
 
-const MISSING = "This file has no answer for these sentences: it was exported with those to the "
-  + "nearest. The script itself answers all: uv run rag_explainer.py";
+const MISSING = "This exported file holds no answer for this choice of sentences. The script "
+  + "itself computes every one: uv run rag_explainer.py";
 const answers = new Map();
 
 function answerFor(on, d = state.domain, question = state.question) {
@@ -2024,6 +2035,11 @@ function push(event) {
 // ---- 4: redundancy ----
 
 function verdict(answer, question) {
+  if (answer.error === MISSING) {
+    const k = data.defaults.k, onclick = () => change({ moved: null, mmr: false, k });
+    return make("p", { className: "muted" }, `${MISSING}. `,
+      make("button", { onclick }, `Back to the ${k} nearest`));
+  }
   if (answer.error) return make("p", { className: "error" }, answer.error);
   if (!answer.done) return make("p", { className: "muted" }, "The model is writing ...");
   if (!question.expected) return make("p", { className: "muted" }, "Right? Compare the sentences.");
@@ -2358,10 +2374,11 @@ const LESSONS = { // the title, the reason, what mends it
 };
 let cards = [];
 function buildCards() {
-  const scenes = data.scenes.filter((scene) => scene.fails.domain === state.lessons);
-  cards = Object.keys(LESSONS).map((name) => {
-    const [title, reason, cure] = LESSONS[name];
-    const scene = scenes.find(({ lesson }) => lesson === name);
+  const names = Object.keys(LESSONS);
+  const scenes = data.scenes.filter((scene) => scene.fails.domain === state.lessons)
+    .sort((a, b) => names.indexOf(a.lesson) - names.indexOf(b.lesson));
+  cards = scenes.map((scene) => {
+    const [title, reason, cure] = LESSONS[scene.lesson];
     const outcome = make("div", { className: "outcome", role: "status" });
     const card = { outcome, shown: null };
     const button = (text, part, className) => make("button", { className,
