@@ -1284,6 +1284,9 @@ input[type="range"] { width: 100%; max-width: 20rem; min-height: 1.6rem; }
 input { accent-color: var(--accent); }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-bottom: .8rem; }
 .row > input[type="text"] { flex: 1 1 12rem; min-width: 0; }
+.row[data-player], #domains { min-height: 2.4rem; }
+[data-player] button:first-child { min-width: 5rem; }
+.asked { min-height: 1.5em; }
 .row > label, .row > output { font-size: .95rem; }
 #bar {
   position: sticky; top: 0; z-index: 3; background: var(--page);
@@ -1437,7 +1440,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <p>The question is about made-up things, so it was in no text that the model learned from. Its
       <dfn>weights</dfn>, the millions of numbers that learning left, hold no such fact. It
       answers all the same: fluent, and wrong.</p>
-    <details data-code="generate"></details>
+    <details data-code="generate"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <div class="row" data-player="1"></div>
@@ -1455,7 +1458,8 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       analysis</dfn>, PCA).</p>
     <p>That loses much, and the meter says how much. A red dashed line joins a point to a neighbour
       that is one in the picture only.</p>
-    <details data-code="embed project"></details>
+    <details data-code="embed project"><summary>The Python that made this</summary>
+    </details>
   </div>
   <div>
     <div id="domains" class="row" role="group" aria-label="Texts on"></div>
@@ -1475,7 +1479,8 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       exact.</p>
     <p>Texts' vectors have length 1, so distance² = 2 &minus; 2 cos: the smallest distance and the
       largest <dfn>cosine</dfn> (of the angle between two vectors) rank alike.</p>
-    <details data-code="retrieve project"></details>
+    <details data-code="retrieve project"><summary>The Python that made this</summary>
+    </details>
   </div>
   <div>
     <form id="ask" class="row">
@@ -1509,7 +1514,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <p><dfn>Maximal marginal relevance</dfn> (MMR) takes one after the other, by λ &times; cosine
       with the question &minus; (1 &minus; λ) &times; the largest cosine with what it has. At λ = 1
       it is plain retrieval; lower, a copy makes room for something new.</p>
-    <details data-code="mmr"></details>
+    <details data-code="mmr"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <div class="row"><button id="show-redundant">Ask the question that shows it</button></div>
@@ -1533,7 +1538,8 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       copying: first the sentences, then the question, between marks that say who speaks.</p>
     <p>Switch a sentence off, and all that follows is computed without it. Nothing else passes from
       the search to the model. What does not stand here it can only guess.</p>
-    <details data-code="build_prompt tokenize"></details>
+    <details data-code="build_prompt tokenize"><summary>The Python that made this</summary>
+    </details>
   </div>
   <div>
     <div class="row"><button id="assemble">Assemble it again</button>
@@ -1550,7 +1556,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <p>Green means <dfn>copied</dfn>, by this rule: on average <span id="copy-share">30%</span> or
       more of the copying heads' attention (see 7) lies on the same word in the sentences, and the
       sentences raise its probability. Facts are copied; the grammar comes from the weights.</p>
-    <details data-code="generate"></details>
+    <details data-code="generate"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <div class="row" data-player="6"></div>
@@ -1574,7 +1580,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <p>The mean of all heads shows little: most rest on the prompt's first token, the
       <dfn>sink</dfn> (left out here), when they have nothing to do. But a few heads copy: they look
       straight at the word that is written next.</p>
-    <details data-code="attention"></details>
+    <details data-code="attention"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <div class="row">
@@ -1598,7 +1604,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       <dfn>temperature</dfn> says how sharply the nearest wins.</p>
     <p>RAG reads what it found, and its own words carry the fact. kNN-LM never reads: for
       each token it mixes in those that followed similar contexts elsewhere.</p>
-    <details data-code="marginal"></details>
+    <details data-code="marginal"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <p><b>y</b>: <span id="y"></span></p>
@@ -1614,7 +1620,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     </table></div>
     <p id="odds" role="status"></p>
     <div class="scroll" tabindex="0" role="region" aria-label="RAG and kNN-LM"><table>
-      <thead><tr><th></th><th>RAG</th><th>kNN-LM</th></tr></thead>
+      <thead><tr><td></td><th>RAG</th><th>kNN-LM</th></tr></thead>
       <tbody>
         <tr><th>looks up</th><td>texts like the question</td>
           <td>contexts like the last words</td></tr>
@@ -1632,7 +1638,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <h2 id="t9"><span>9</span> Four ways it fails</h2>
     <p>None of this is certain. Each button sets up everything above, sentences, k and question, and
       the model really answers. Look at 3, 5 and 6 afterwards: the reason stands there.</p>
-    <details data-code="failures"></details>
+    <details data-code="failures"><summary>The Python that made this</summary></details>
   </div>
   <div id="cards" class="cards"></div>
 </section>
@@ -2153,6 +2159,7 @@ class Player {
   play() {
     if (this.ended) this.shown = 0;
     this.playing = true;
+    this.isNew = false;
     clearInterval(this.timer);
     this.timer = setInterval(() => this.step(), 280);
     this.render();
@@ -2168,15 +2175,16 @@ class Player {
     else this.render();
   }
   render() {
-    if (!seen(this.section.id)) return;
-    const answers = this.answers().map(want);
+    const answers = this.answers(), isSeen = seen(this.section.id);
+    if (isSeen) answers.forEach(want);
     const keys = JSON.stringify([state.domain, state.question.text, place().on]);
     if (keys !== this.keys) { // other answers: from the start, or all where nothing shall move
       this.keys = keys;
       this.shown = still.matches ? Infinity : 0;
+      this.isNew = !still.matches;
       for (const lane of this.lanes) lane.querySelector("ol").replaceChildren();
-      if (!still.matches) return this.play();
     }
+    if (isSeen && this.isNew) return this.play();
     this.toggle.textContent = this.playing ? "Pause" : "Play";
     this.count.textContent = `${Math.min(this.shown, this.total)} of ${this.total} tokens`;
     this.lanes.forEach((lane, n) => this.renderLane(lane, answers[n]));
@@ -2583,8 +2591,7 @@ function start(told) {
 
   for (const details of all("details[data-code]")) {
     const source = details.dataset.code.split(" ").map((name) => data.code[name]).join("\n");
-    details.append(make("summary", {}, "The Python that made this"),
-      make("pre", { tabIndex: 0, ariaLabel: "Python" }, ...highlight(source)));
+    details.append(make("pre", { tabIndex: 0, ariaLabel: "Python" }, ...highlight(source)));
   }
   $("model").append(...highlight(data.code.model));
   $("lines").textContent = data.code.model.split("\n").filter((text) => text.trim()).length;
