@@ -1295,6 +1295,8 @@ input { accent-color: var(--accent); }
 #bar > div { display: flex; align-items: center; gap: .6rem; max-width: 76rem; margin: 0 auto;
   padding: .5rem 1.25rem; }
 #bar select { min-width: 0; }
+#bar .word { flex: none; }
+#domain { flex: 0 0 10rem; }
 #question { flex: 1 1 10rem; text-overflow: ellipsis; }
 #summary { flex: 0 0 auto; }
 @media (max-width: 45rem) { #summary, #bar .word { display: none; } #domain { flex: 0 0 7.2rem; } }

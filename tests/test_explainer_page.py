@@ -11,7 +11,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -62,7 +61,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of an export, real but small: a hostile domain, and two questions on cooking."""
     topic = rag.TOPICS[1]
     own = rag.Topic(f"notes {HOSTILE}", (f"The fox says {HOSTILE}",), (rag.Question(HOSTILE),))
-    sentences = (*topic.sentences[:3], topic.sentences[5])
+    sentences = (*topic.sentences[:3], *topic.sentences[5:7])
     plain = rag.Question("How long does Dorrel bread rise?", "19 hours")
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(1, "blas"):
         short = rag.Topic(topic.name, sentences, (plain, topic.questions[1]))
@@ -506,8 +505,10 @@ def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(brows
     visit = Visit(browser, exported, reduced_motion="reduce")
     page = visit.page
     reached = set()
-    for _ in range(70):
+    while True:
         page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):  # it went round
+            break
         told = page.evaluate("""() => {
             const e = document.activeElement, style = getComputedStyle(e);
             const halo = e.querySelector?.(".halo");
@@ -522,21 +523,13 @@ def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(brows
     visit.end()
 
 
-def test_the_server_that_ends_is_told_of(browser, tmp_path: Path):
-    arguments = command("rag_explainer.py", "--no-browser")
-    process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+def test_a_script_that_has_ended_is_told_of(browser, url):
+    visit = Visit(browser, url)
+    visit.context.set_offline(True)
+    visit.page.fill("#typed", "Who?")
+    visit.page.press("#typed", "Enter")
+    expect(visit.page.locator("#typed-note")).to_contain_text(
+        "The script has ended: start it again"
     )
-    assert process.stderr
-    found = re.search(r"ready: (\S+)", process.stderr.readline())
-    assert found
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(found[1])
-    expect(page.locator("#points .dot").first).to_be_attached()
-    process.kill()
-    process.communicate(timeout=30)
-    page.fill("#typed", "Who?")
-    page.press("#typed", "Enter")
-    expect(page.locator("#typed-note")).to_contain_text("The script has ended: start it again")
-    context.close()
+    visit.complaints = [c for c in visit.complaints if "Failed to load resource" not in c]
+    visit.end()
