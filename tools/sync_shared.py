@@ -22,7 +22,8 @@ SELF = "tools/sync_shared.py"
 FIX = f"uv run {SELF} --fix"
 FAISS, LOCAL, CHROMA = "rag_faiss_openai.py", "rag_local_ollama.py", "rag_chroma_claude.py"
 STREAMING, ASYNC, HYBRID = "rag_streaming.py", "rag_async.py", "rag_hybrid_fastapi.py"
-LOOPS = (FAISS, LOCAL, CHROMA, STREAMING, ASYNC, HYBRID)  # rag_compare.py runs them, and has none
+EXPLAINER = "rag_explainer.py"
+LOOPS = (LOCAL, CHROMA, STREAMING, ASYNC, HYBRID)  # which answer questions, as FAISS does
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,18 @@ class Group:
 
 GROUPS = [
     Group(FAISS, None, ("Failure", "printable", "one_line")),
+    Group(  # reading files, and speaking on stderr
+        FAISS,
+        (*LOOPS, EXPLAINER),
+        ("KINDS", "MAX_QUESTION", "Document", "read_pages", "load_documents", "notice"),
+    ),
     Group(  # the data, the common stages, the command line
         FAISS,
         LOOPS,
         (
-            *("KINDS", "MAX_ANSWER_TOKENS", "TOP_K", "CHUNK_CHARACTERS", "MAX_QUESTION", "REFUSAL"),
-            *(
-                "SYSTEM_PROMPT",
-                "Document",
-                "Chunk",
-                "Hit",
-                "Answer",
-                "read_pages",
-            ),
-            *("load_documents", "split_text", "split_documents", "build_prompt"),
-            *("parse_arguments", "require_key", "notice", "show_prompt"),
+            *("MAX_ANSWER_TOKENS", "TOP_K", "CHUNK_CHARACTERS", "REFUSAL", "SYSTEM_PROMPT"),
+            *("Chunk", "Hit", "Answer", "split_text", "split_documents", "build_prompt"),
+            *("parse_arguments", "require_key", "show_prompt"),
             *("check_answer", "explain", "print_hits", "answer_question", "main"),
         ),
     ),
@@ -67,7 +65,7 @@ GROUPS = [
     Group(  # all-MiniLM-L6-v2 on this machine
         LOCAL,
         (CHROMA, HYBRID),
-        ("packaged", "load_embedder", "native_precision", "token_counter", "embed"),
+        ("load_embedder", "native_precision", "token_counter", "embed"),
     ),
     Group(  # Ollama, and the embedded LLM
         LOCAL,
@@ -77,6 +75,7 @@ GROUPS = [
             *("SMALL_EXAMPLES", "FUNCTION_WORDS", "ollama", "embedded_llm", "embedded_request"),
         ),
     ),
+    Group(LOCAL, (CHROMA, HYBRID, EXPLAINER), ("packaged",)),  # the models come in packages
     Group(STREAMING, (HYBRID,), ("REWRITE_PROMPT",)),
     Group(CHROMA, (HYBRID,), ("FOREVER", "EMBED_MODEL", "is_ours")),
 ]

@@ -1,0 +1,535 @@
+"""The page of rag_explainer.py in a real Chromium, with mouse and keys: served and exported."""
+
+# ruff: noqa: D103 - the names of the tests are their docstrings
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from conftest import command, environment
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from threadpoolctl import threadpool_limits
+
+import rag_explainer as rag
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
+
+TITLE = "Retrieval-augmented generation, explained"
+HOSTILE = (
+    "<script>document.title='x'</script><img src=x onerror=\"document.title='x'\"> \u202e\"evil'"
+)
+SLOW = 60_000  # ms: a model writes at a token in 0.1 s, on a machine that does other things too
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with the built-in domains and hostile documents."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "notes.txt").write_text(f"The fox says {HOSTILE}.\n\nThe owl says nothing.")
+    arguments = command("rag_explainer.py", "--no-browser", "--docs", "notes.txt", HOSTILE)
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if found := re.search(r"ready: (\S+)", line):
+            yield found[1]
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def data(url: str) -> dict[str, Any]:
+    with urlopen(f"{url}/data") as response:
+        return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of an export, real but small: a hostile domain, and two questions on cooking."""
+    topic = rag.TOPICS[1]
+    own = rag.Topic(f"notes {HOSTILE}", (f"The fox says {HOSTILE}",), (rag.Question(HOSTILE),))
+    sentences = (*topic.sentences[:3], *topic.sentences[5:7])
+    plain = rag.Question("How long does Dorrel bread rise?", "19 hours")
+    with pytest.MonkeyPatch.context() as patch, threadpool_limits(1, "blas"):
+        short = rag.Topic(topic.name, sentences, (plain, topic.questions[1]))
+        patch.setattr(rag, "TOPICS", [own, short])
+        # It would take minutes to answer all that an export answers, to the end.
+        patch.setattr(rag, "slides", lambda question, domain: [])
+        patch.setattr(rag, "MAX_ANSWER", 14)
+        path = tmp_path_factory.mktemp("exported") / "explainer.html"
+        rag.export(path, rag.TOPICS)
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that was opened. It fails, when it ends, where the page complained or asked others."""
+
+    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
+        options = {"viewport": {"width": 1280, "height": 800}, "offline": False} | options
+        self.context = browser.new_context(**options)
+        self.page = self.context.new_page()
+        self.url = url
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        said = ("error", "warning")
+        self.page.on(
+            "console", lambda m: self.complaints.append(m.text) if m.type in said else None
+        )
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(url)
+        expect(self.page.locator("#points .dot").first).to_be_attached()
+
+    def end(self) -> None:
+        page = self.page
+        assert page.title() == TITLE, "a hostile text ran"
+        assert page.locator("main img, main script").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        self.context.close()
+        assert [url for url in self.asked if not url.startswith((self.url, "data:"))] == []
+        assert self.complaints == []
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    """The served page, on its domain of cooking."""
+    visit = Visit(browser, url)
+    visit.page.select_option("#domain", label="cooking")
+    yield visit.page
+    visit.end()
+
+
+def order(page: Page) -> list[int]:
+    """The table's sentences from the nearest on, by their numbers from 0."""
+    rows = page.locator("#distances tbody tr")
+    return [int(n) for n in rows.evaluate_all("rows => rows.map(row => row.dataset.n)")]
+
+
+def chosen(page: Page) -> list[int]:
+    """The sentences in the prompt, by their numbers from 0."""
+    boxes = page.locator("#prompt input:checked")
+    return [int(n) for n in boxes.evaluate_all("boxes => boxes.map(box => box.value)")]
+
+
+def slide(locator: Locator, key: str, times: int = 1) -> None:
+    locator.focus()
+    for _ in range(times):
+        locator.press(key)
+
+
+def show(page: Page, section: int) -> Locator:
+    page.evaluate("n => document.getElementById(`s${n}`).scrollIntoView()", section)
+    return page.locator(f"#s{section}")
+
+
+def drag(page: Page, right: float, down: float) -> None:
+    """Drag the question's point by a part of the picture's width, with the mouse."""
+    page.locator("#handle").scroll_into_view_if_needed()
+    box = page.locator("#handle path").bounding_box()
+    picture = page.locator("#map").bounding_box()
+    assert box
+    assert picture
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + right * picture["width"], y + down * picture["width"], steps=20)
+    page.mouse.up()
+
+
+# --- retrieval -----------------------------------------------------------------------------------
+
+
+def test_dragging_the_point_ranks_the_sentences_as_numpy_does(page, data):
+    domain = data["domains"][1]
+    question = domain["questions"][0]
+    assert order(page) == rag.retrieve(np.array(question["similarities"]), 8)
+    drag(page, 0.32, -0.12)
+    expect(page.locator("#handle text")).to_have_text("what if?")
+    # How far the mouse moved it, in the plane's own lengths: read off two sentences' dots.
+    dots = page.locator("#map .dot").evaluate_all(
+        "dots => dots.map(dot => [dot.cx.baseVal.value, dot.cy.baseVal.value])"
+    )
+    points = np.array(domain["points"])
+    unit = (dots[4][0] - dots[6][0]) / (points[4, 0] - points[6, 0])
+    place = page.locator("#handle").evaluate(
+        "g => [g.transform.baseVal[0].matrix.e, g.transform.baseVal[0].matrix.f]"
+    )
+    at = points[6] + (np.array(place) - dots[6]) * (1, -1) / unit
+    assert np.allclose(at - question["point"], np.array([0.32, 0.12]) * 640 / unit, atol=0.02)
+    squares = ((points - at) ** 2).sum(1) + question["residuals"]
+    assert order(page) == np.argsort(squares).tolist()
+    assert order(page) != rag.retrieve(np.array(question["similarities"]), 8)
+    shown = page.locator("#distances tbody td:nth-child(3)").all_inner_texts()
+    assert np.allclose([float(text) for text in shown], np.sqrt(np.sort(squares)), atol=0.006)
+    assert chosen(page) == order(page)[:2]
+    page.click("#back")
+    assert order(page) == rag.retrieve(np.array(question["similarities"]), 8)
+
+
+def test_arrow_keys_move_the_point_and_escape_takes_it_back(page):
+    before = order(page)
+    handle = page.locator("#handle")
+    handle.focus()
+    for _ in range(20):
+        handle.press("ArrowRight")
+    assert order(page) != before
+    assert re.search(r"moved; nearest are sentences \d", handle.get_attribute("aria-valuetext"))
+    handle.press("Escape")
+    assert order(page) == before
+    expect(page.locator("#handle text")).to_have_text("question")
+
+
+def test_a_drag_updates_the_table_within_a_frame(page):
+    page.evaluate("""() => {
+        window.took = [];
+        let began;
+        addEventListener("pointermove", () => { began = performance.now(); }, {capture: true});
+        addEventListener("pointermove", () => {
+            document.getElementById("distances").offsetHeight; // the layout, too
+            took.push(performance.now() - began);
+        });
+    }""")
+    for _ in range(3):
+        drag(page, 0.3, -0.1)
+        drag(page, -0.3, 0.1)
+    took = page.evaluate("took")
+    assert len(took) > 60
+    print(f"drag to updated table: median {np.median(took):.1f} ms, {len(took)} moves")
+    assert np.median(took) < 16
+
+
+def test_k_goes_from_one_to_all(page, data):
+    near = rag.retrieve(np.array(data["domains"][1]["questions"][0]["similarities"]), 8)
+    assert chosen(page) == near[:2]
+    slide(page.locator("#k"), "ArrowRight", 3)
+    assert chosen(page) == near[:5]
+    assert page.locator("#distances .found").count() == 5
+    slide(page.locator("#k"), "End")
+    assert chosen(page) == near
+    slide(page.locator("#k"), "Home")
+    assert chosen(page) == near[:1]
+    expect(page.locator("#k-value")).to_have_text("1 of 8")
+
+
+def test_mmr_takes_what_numpy_takes(page, data):
+    domain = data["domains"][1]
+    page.click("#show-redundant")
+    question = domain["questions"][1]
+    assert page.locator("#question option:checked").inner_text() == question["text"]
+    page.check("#mmr")
+    similarities, cosines = np.array(question["similarities"]), np.array(domain["cosines"])
+    slide(page.locator("#k"), "ArrowRight", 2)
+    slide(page.locator("#lambda"), "End")
+    seen = []
+    for step in range(20, -1, -1):
+        expect(page.locator("#lambda-value")).to_have_text(f"{step / 20:.2f}")
+        assert chosen(page) == rag.mmr(similarities, cosines, 4, step / 20)
+        seen.append(tuple(chosen(page)))
+        page.locator("#lambda").press("ArrowLeft")
+    assert len(set(seen)) > 2
+
+
+def test_another_domain_has_other_points_and_its_honesty(page, data):
+    for name in ("history", "medicine"):
+        show(page, 2).get_by_role("button", name=name).click()
+        [domain] = [domain for domain in data["domains"] if domain["name"] == name]
+        assert page.locator("#sentences li").all_inner_texts() == domain["sentences"]
+        meters = page.locator("#honesty b").all_inner_texts()
+        shares = [sum(domain["variance"]), domain["honesty"]]
+        assert meters == [f"{share * 100:.0f}%" for share in shares]
+        false = {
+            frozenset((n, other))
+            for n, near in enumerate(domain["seen"])
+            for other in near
+            if other not in domain["true"][n]
+        }
+        assert page.locator("#points .false").count() == len(false)
+        expect(page.locator("#domain option:checked")).to_have_text(name)
+        assert page.locator("#question option").count() == 5
+
+
+def test_a_typed_question_gets_its_real_place(page, data):
+    text = "What do people put into stew?"
+    page.fill("#typed", text)
+    page.press("#typed", "Enter")
+    expect(page.locator("#question option:checked")).to_have_text(text, timeout=SLOW)
+    similarities = rag_similarities(text, data["domains"][1]["sentences"])
+    assert order(page) == rag.retrieve(similarities, 8)
+    shown = page.locator("#distances tbody td:nth-child(4)").all_inner_texts()
+    assert np.allclose([float(cell) for cell in shown], np.sort(similarities)[::-1], atol=0.006)
+
+
+def rag_similarities(text: str, sentences: list[str]) -> Any:
+    embedder = rag.MiniLM()
+    return np.stack([embedder.embed(sentence) for sentence in sentences]) @ embedder.embed(text)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+def words(lane: Locator) -> list[str]:
+    return lane.locator("li:not(.later) .word").all_inner_texts()
+
+
+def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
+    section = show(page, 6)
+    bare, helped = section.locator(".lane").all()
+    expect(bare.locator(".verdict")).to_have_text("✗ Wrong: it is “19 hours”.", timeout=SLOW)
+    expect(helped.locator(".verdict")).to_have_text("✓ Right.", timeout=SLOW)
+    whole = words(helped)
+    assert "hours" in "".join(whole)
+    assert "hours" in "".join(helped.locator(".copied .word").all_inner_texts())
+    assert helped.locator(".copied .mark").all_inner_texts() == ["copied"] * (
+        helped.locator(".copied").count()
+    )
+    section.get_by_role("button", name="From the start").click()
+    section.get_by_role("button", name="Pause").click()
+    count = len(words(helped))
+    assert count < len(whole)
+    time.sleep(0.7)
+    assert len(words(helped)) == count
+    section.get_by_role("button", name="Step").click()
+    assert words(helped) == whole[: count + 1]
+    section.get_by_role("button", name="Play").click()
+    expect(helped.locator(".verdict")).to_have_text("✓ Right.", timeout=SLOW)
+    assert words(helped) == whole
+
+    # The heat map: the copying heads look at the words, and the arrow keys read it.
+    show(page, 7)
+    expect(page.locator("#heat-sum")).to_contain_text("by the copying heads", timeout=SLOW)
+    told = page.locator("#heat-sum").inner_text()
+    mean, copying = [int(n) for n in re.findall(r"for (\d+) by the", told)]
+    assert copying > mean
+    before = page.locator("#heat-told").inner_text()
+    slide(page.locator("#heat"), "ArrowDown")
+    assert page.locator("#heat-told").inner_text() != before
+    shades = "cells => cells.map(cell => cell.getAttribute('fill-opacity')).join()"
+    copied = page.locator("#heat .cell").evaluate_all(shades)
+    page.click("#heads-all")
+    assert page.locator("#heat .cell").evaluate_all(shades) != copied
+    page.select_option("#heads", "layer 3")
+    expect(page.locator("#heads-all")).to_have_attribute("aria-pressed", "false")
+
+    # The sum: its terms add up, and temperature moves the trust.
+    show(page, 8)
+    rows = page.locator("#sum tbody tr")
+    expect(rows).to_have_count(4, timeout=SLOW)
+    expect(page.locator("#odds")).to_contain_text("times as likely as without")
+    priors = [float(row.locator("td").nth(1).inner_text()) for row in rows.all()[:2]]
+    assert sum(priors) == pytest.approx(1, abs=0.002)
+    slide(page.locator("#temperature"), "End")
+    flat = [float(row.locator("td").nth(1).inner_text()) for row in rows.all()[:2]]
+    assert abs(flat[0] - flat[1]) < abs(priors[0] - priors[1])
+
+    # Without the sentence that holds it, the fact is gone.
+    show(page, 5)
+    page.locator("#prompt label", has_text="19 hours").click()
+    show(page, 6)
+    expect(helped.locator(".verdict")).to_have_text("✗ Wrong: it is “19 hours”.", timeout=SLOW)
+    assert words(helped) != whole
+
+
+LESSONS = ["The wrong texts", "k too large", "Redundant documents", "Two hops"]
+
+
+@pytest.mark.parametrize("title", LESSONS)
+def test_each_failure_happens_and_is_mended(page, title):
+    show(page, 9)
+    card = page.locator(".card", has_text=title)
+    for button in card.get_by_role("button").all():
+        before = chosen(page)
+        button.click()
+        right = button.inner_text() != "Make it fail"
+        expected = "✓ Right." if right else "✗ Wrong"
+        expect(card.locator(".outcome")).to_contain_text(expected, timeout=SLOW)
+        assert chosen(page) != before or title == "The wrong texts"
+
+
+# --- hostile text --------------------------------------------------------------------------------
+
+
+def test_hostile_documents_and_questions_are_text(browser, url):
+    visit = Visit(browser, url)
+    page = visit.page
+    expect(page.locator("#domain option:checked")).to_have_text("your documents")
+    expect(page.locator("#sentences li").first).to_contain_text("<script>document.title")
+    expect(page.locator("#question option:checked")).to_contain_text("<img src=x onerror")
+    page.fill("#typed", f"Who? {HOSTILE}")
+    page.press("#typed", "Enter")
+    expect(page.locator("#question option:checked")).to_contain_text("Who? <script>", timeout=SLOW)
+    expect(page.locator("#prompt")).to_contain_text("Who? <script>document.title")
+    # Whatever turns the direction of text stands in an element of its own, so far as it is shown.
+    loose = """text => [...document.querySelectorAll("main *")].filter(e =>
+        e.localName !== "bdi" && !e.closest("option, svg") &&
+        [...e.childNodes].some(n => n.nodeType === 3 && n.data.includes("\\u202e"))).length"""
+    assert page.evaluate(loose) == 0
+    visit.end()
+
+
+# --- the export ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [360, 820, 1440])
+def test_an_export_works_without_a_network_at_every_width(browser, exported, width):
+    size = {"width": width, "height": 800}
+    visit = Visit(browser, exported, viewport=size, offline=True, reduced_motion="reduce")
+    page = visit.page
+    assert page.locator("#typed").is_disabled()
+    expect(page.locator("#typed-note")).to_contain_text("An exported file has no model")
+    section = show(page, 6)
+    bare, helped = section.locator(".lane").all()
+    expect(bare.locator(".verdict")).to_contain_text("✗ Wrong")
+    expect(helped.locator(".verdict")).to_have_text("✓ Right.")
+    show(page, 8)
+    expect(page.locator("#sum tbody tr")).to_have_count(4)
+    before = order(page)
+    drag(page, 0.5, 0.0)
+    assert order(page) != before
+    show(page, 9)
+    page.get_by_role("button", name="Make it fail").click()
+    expect(page.locator(".outcome")).to_contain_text("✗ Wrong")
+    page.get_by_role("button", name="Choose by MMR").click()
+    expect(page.locator(".outcome")).to_contain_text("✓ Right.")
+    for n in range(1, 11):
+        show(page, n)
+    page.select_option("#domain", index=0)
+    expect(page.locator("#sentences li")).to_contain_text("<script>document.title")
+    visit.end()
+    assert visit.asked == [exported]
+
+
+def test_what_an_export_has_no_answer_for_is_said(browser, exported):
+    visit = Visit(browser, exported, offline=True)
+    slide(visit.page.locator("#k"), "ArrowRight")
+    section = show(visit.page, 6)
+    verdict = section.locator(".verdict").last
+    expect(verdict).to_contain_text("holds no answer for this choice")
+    verdict.get_by_role("button").click()
+    expect(verdict).to_have_text("✓ Right.", timeout=SLOW)
+    visit.end()
+
+
+def test_the_first_paint_comes_soon_and_nothing_shifts(browser, exported):
+    visit = Visit(browser, exported, offline=True)
+    page = visit.page
+    page.evaluate("""() => {
+        window.shifts = 0;
+        new PerformanceObserver(list => {
+            for (const entry of list.getEntries()) shifts += entry.value * !entry.hadRecentInput;
+        }).observe({type: "layout-shift", buffered: true});
+    }""")
+    for n in range(1, 11):
+        show(page, n)
+        page.wait_for_timeout(200)
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    print(f"first paint of a small export: {paint:.0f} ms")
+    assert paint < 1_000, "0.3 s is asked of a quiet machine"
+    assert page.evaluate("shifts") < 0.1  # "good", by web.dev
+    visit.end()
+
+
+# --- for everybody -------------------------------------------------------------------------------
+
+
+def test_the_tour_leads_through_eight_steps(browser, exported):
+    visit = Visit(browser, exported, offline=True, reduced_motion="reduce")
+    page = visit.page
+    page.click("#start-tour")
+    for step in range(1, 9):
+        expect(page.locator("#tour-place")).to_have_text(f"Step {step} of 8")
+        expect(page.locator(f"#s{step}")).to_be_in_viewport()
+        page.click("#tour-next")
+    expect(page.locator("#tour")).to_be_hidden()
+    page.click("#start-tour")
+    page.keyboard.press("Escape")
+    expect(page.locator("#tour")).to_be_hidden()
+    visit.end()
+
+
+def test_each_section_is_short_and_shows_the_python_behind_it(page, data):
+    prose = page.locator("section .prose")
+    assert prose.count() == 10
+    for section in prose.all():
+        text = " ".join(section.locator("p").all_inner_texts())
+        assert len(text.split()) <= 80, text
+    shown = page.locator("details[data-code]").all()
+    assert len(shown) == 9
+    for details in shown:
+        names = (details.get_attribute("data-code") or "").split()
+        code = "\n".join(data["code"][name] for name in names)
+        assert details.locator("pre").text_content() == code
+    assert page.locator("#model").text_content() == data["code"]["model"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_either_look(browser, exported, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    visit = Visit(browser, exported, color_scheme=scheme, reduced_motion="reduce")
+    for n in range(1, 11):
+        show(visit.page, n)
+        visit.page.wait_for_timeout(100)
+    visit.page.get_by_role("button", name="Make it fail").click()
+    found = Axe().run(visit.page)
+    assert found.violations_count == 0, found.generate_report()
+    look = "getComputedStyle(document.body).backgroundColor"
+    before = visit.page.evaluate(look)
+    visit.page.click("#look")
+    assert visit.page.evaluate(look) != before
+    visit.end()
+
+
+def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(browser, exported):
+    visit = Visit(browser, exported, reduced_motion="reduce")
+    page = visit.page
+    reached = set()
+    while True:
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):  # it went round
+            break
+        told = page.evaluate("""() => {
+            const e = document.activeElement, style = getComputedStyle(e);
+            const halo = e.querySelector?.(".halo");
+            const ring = style.outlineStyle !== "none" || getComputedStyle(halo).stroke !== "none";
+            const name = e.ariaLabel || e.labels?.[0]?.textContent || e.textContent
+                || e.getAttribute("aria-label");
+            return [e.id || e.textContent.slice(0, 30), Boolean(ring), Boolean(name?.trim())];
+        }""")
+        reached.add(told[0])
+        assert told[1:] == [True, True], told
+    assert {"handle", "k", "lambda", "mmr", "heat", "heads", "temperature"} <= reached
+    visit.end()
+
+
+def test_a_script_that_has_ended_is_told_of(browser, url):
+    visit = Visit(browser, url)
+    visit.context.set_offline(True)
+    visit.page.fill("#typed", "Who?")
+    visit.page.press("#typed", "Enter")
+    expect(visit.page.locator("#typed-note")).to_contain_text(
+        "The script has ended: start it again"
+    )
+    visit.complaints = [c for c in visit.complaints if "Failed to load resource" not in c]
+    visit.end()
