@@ -1537,6 +1537,12 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         places = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
         return JSONResponse({"detail": places}, 422)
 
+    @app.exception_handler(Exception)
+    async def broken(_: Any, error: Exception) -> Any:
+        """Say to the caller nothing of a fault of ours, and to the log one line."""
+        notice(f"error: {explain(error)[0]}")
+        return JSONResponse({"detail": public(error)}, 500)
+
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         nonce = secrets.token_urlsafe(16)
@@ -1556,7 +1562,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
         """Whether questions can be asked."""
         index = ready().index
         chunks = len(index.chunks) if index else 0
-        names = {"model": args.model, "embed_model": args.embed_model}
+        names = {"llm": args.llm, "model": args.model, "embed_model": args.embed_model}
         return {"status": "ready", "chunks": chunks} | names
 
     @guarded.post(
@@ -1725,7 +1731,7 @@ def serve(args: argparse.Namespace) -> int:
     failed: list[Exception] = []
     config = uvicorn.Config(
         create_app(lambda: opened[0] if opened else None, args),
-        log_level="warning",
+        log_level="critical",  # it would log a traceback of each answer that a second Ctrl-C ends
         server_header=False,
     )
     server, stop = uvicorn.Server(config), threading.Event()
@@ -1744,7 +1750,7 @@ def serve(args: argparse.Namespace) -> int:
         server.run(sockets=[bound])
     finally:
         stop.set()
-        loading.join(timeout=20)
+        loading.join(timeout=5)  # in an import it can't stop, and whatever it does may be cut
         for store in opened:
             store.close()
     for error in failed:
@@ -1954,16 +1960,21 @@ def print_hits(question: str, hits: list[Hit], whole: bool) -> None:
 
 def open_store(args: argparse.Namespace, stop: threading.Event | None = None) -> Store:
     """Open the store, with the documents that --docs names, or else the samples if it is empty."""
+    # What the user can mend is found before the seconds that importing Chroma and torch takes.
+    documents = load_documents(args.docs) if args.docs else []
+    nothing = Failure("the store holds no index yet: name what to index with --docs")
+    if args.question and not documents and args.index and not is_ours(args.index):
+        raise nothing
     from chromadb.errors import InternalError
 
     store = Store(args, stop or threading.Event())
     try:
         add_prompts(args)
         index = store.current()
-        if args.docs:
-            build_index(load_documents(args.docs), store)
+        if documents:
+            build_index(documents, store)
         elif not index and args.question and (args.index or args.chroma_url):
-            raise Failure("the store holds no index yet: name what to index with --docs")
+            raise nothing
         elif not index:
             build_index([Document(text, "sample") for text in SAMPLES], store)
             if not args.question:
@@ -2213,10 +2224,10 @@ dialog::backdrop { background: #0007; }
 </dialog>
 <dialog id="docs" aria-labelledby="docs-title">
   <div class="row"><h2 id="docs-title">Documents</h2><button id="docs-close">Close</button></div>
-  <ul id="doc-list"></ul>
   <label for="file">Add files (.txt .md .rst .html .pdf .docx)</label>
   <input id="file" type="file" multiple accept=".txt,.md,.rst,.html,.pdf,.docx">
   <div id="doc-status" role="status" aria-live="polite"></div>
+  <ul id="doc-list"></ul>
 </dialog>
 <dialog id="key" aria-labelledby="key-title">
   <form id="key-form" method="dialog">
@@ -2307,8 +2318,9 @@ async function checkReady() {
   try {
     const response = await api("/readyz");
     if (response.status === 503) throw new Error("loading the index ...");
-    const { model, chunks } = await json(response);
-    $("status").textContent = `${model}, ${chunks} chunks`;
+    const { model, llm, chunks } = await json(response);
+    const hint = llm === "embedded" ? " (a tiny stand-in: read the passages)" : "";
+    $("status").textContent = `${model}${hint}, ${chunks} chunks`;
     $("send").disabled = false;
   } catch (error) {
     $("status").textContent = error.message;
