@@ -1269,7 +1269,7 @@ section { padding-block: 3rem; border-top: 1px solid var(--line); }
 .muted { color: var(--muted); font-size: .875rem; }
 .error, .wrong { color: var(--bad); }
 .right { color: var(--good); }
-.verdict { min-height: 1.5em; font-weight: 600; }
+.verdict { min-height: 1.5em; margin: .6rem 0 0; font-weight: 600; }
 button, select, input[type="text"] {
   min-height: 2.4rem; padding: .3rem .8rem; border: 1px solid var(--edge); border-radius: .5rem;
   background: var(--card); color: var(--text); font: inherit; font-size: .95rem;
@@ -1335,7 +1335,7 @@ th { color: var(--muted); font-weight: 600; }
 td, th { overflow-wrap: break-word; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
-td:has(bdi) { min-width: 8rem; }
+td:has(bdi) { min-width: 6.5rem; }
 @media (max-width: 45rem) { table { font-size: .82rem; } th, td { padding-inline: .2rem; } }
 #distances td:first-child { border-left: 3px solid transparent; }
 #distances .found td { background: var(--soft); }
@@ -1952,9 +1952,10 @@ function renderPoints() {
 let parts; // of the map in 3: its dots, lines, handle; and the table's rows
 function buildMap() {
   const [x, y] = scale.toScreen(state.question.point);
-  const dots = drawPoints([[x, y], [x, y - 25 * UNIT]]);
+  const labelled = [-35, 0, 35].map((right) => [x + right * UNIT, y - 27 * UNIT]);
+  const dots = drawPoints([[x, y], ...labelled]);
   const lines = dots.map(() => line([0, 0], [0, 0], "near"));
-  const label = draw("text", { class: "seen-as", x: 0, y: -20 * UNIT, "text-anchor": "middle" });
+  const label = draw("text", { class: "seen-as", x: 0, y: -22 * UNIT, "text-anchor": "middle" });
   const handle = draw("g", { id: "handle", tabindex: 0, role: "slider", "aria-valuemin": -2,
     "aria-valuemax": 2, "aria-label": "The question's point; arrow keys move it" },
     draw("circle", { r: 24 * UNIT, class: "halo" }),
@@ -2239,7 +2240,7 @@ function mapsOf(answer) {
   return answer.maps;
 }
 
-const CELL = 22, LEFT = 112, TOP = 104;
+const CELL = 22, LEFT = UNIT > 1 ? 76 : 112, TOP = 104;
 function renderHeat() {
   const { on } = place();
   const answer = answerFor(on);
