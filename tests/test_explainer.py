@@ -562,11 +562,13 @@ def process(tmp_path_factory) -> Iterator[tuple[subprocess.Popen[str], str]]:
         time.sleep(0.05)
     assert found
     yield process, found[1]
-    with httpx2.Client(base_url=found[1], trust_env=False, timeout=60) as client:
-        with client.stream("POST", "/generate", json=GOOD) as response:
-            next(response.iter_raw())
-            process.send_signal(signal.SIGINT)  # in the midst of an answer
-            assert process.wait(20) == 130
+    with (
+        httpx2.Client(base_url=found[1], trust_env=False, timeout=60) as client,
+        client.stream("POST", "/generate", json=GOOD) as response,
+    ):
+        next(response.iter_raw())
+        process.send_signal(signal.SIGINT)  # in the midst of an answer
+        assert process.wait(20) == 130
     said = (folder / "log").read_text()
     assert len(said.splitlines()) == 1, said
 
