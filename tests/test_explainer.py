@@ -114,7 +114,7 @@ def reference_llm(llm: rag.SmolLM) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(
-        {name: torch.from_numpy(np.ascontiguousarray(weight)) for name, weight in state.items()},
+        {name: torch.from_numpy(np.array(weight)) for name, weight in state.items()},
         assign=True,
     )
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # computed, not loaded
