@@ -1008,7 +1008,7 @@ def create_app(topics: list[Topic]) -> Any:
         try:
             fields = json.loads(body)
             return fields, spaces[range(len(spaces)).index(fields["domain"])]
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise HTTPException(422, "send a JSON object with the number of a domain") from error
 
     def question_of(fields: dict[str, Any], name: str) -> str:
@@ -1082,8 +1082,10 @@ def create_app(topics: list[Topic]) -> Any:
         return JSONResponse(await run_in_threadpool(work))
 
     async def refuse(_: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 500)
-        return JSONResponse({"detail": getattr(error, "detail", "")}, status)
+        if isinstance(error, HTTPException):
+            return JSONResponse({"detail": error.detail}, error.status_code)
+        notice(f"error: {one_line(error) or type(error).__name__}")
+        return JSONResponse({"detail": "it failed: the terminal says why"}, 500)
 
     routes = [
         Route("/", get_page),
@@ -1093,7 +1095,9 @@ def create_app(topics: list[Topic]) -> Any:
         Route("/marginal", post_marginal, methods=["POST"]),
     ]
     return Starlette(
-        routes=routes, middleware=[Middleware(Guard)], exception_handlers={HTTPException: refuse}
+        routes=routes,
+        middleware=[Middleware(Guard)],
+        exception_handlers={HTTPException: refuse, Exception: refuse},
     )
 
 
@@ -1114,9 +1118,9 @@ def serve(args: argparse.Namespace, topics: list[Topic]) -> None:
     except (OSError, OverflowError) as error:
         raise Failure(f"can't listen on port {args.port}: leave --port out ({error})") from error
     app = create_app(topics)
-    # An answer that is still being written does not hold up Ctrl-C for longer than a second.
+    # An answer under way holds Ctrl-C up for a second; uvicorn would call that an error, at length.
     config = uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=1
+        app, log_level="critical", server_header=False, timeout_graceful_shutdown=1
     )
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     notice(f"ready: {url} (Ctrl-C ends it)")
