@@ -838,11 +838,11 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
     {"exported": bool; "models": {"embedder", "llm"}; "chat": the prompt's template, with its system
     text in place; "defaults": {"domain", "k", "diversity", "temperature"}; "limits": {"question":
     characters, "answer": tokens, "copy_share": see `generate`}; "copy_heads": their names among the
-    maps of `pack`; "domains": see `describe`;
-    "scenes": see `scenes`; "code": the source of what made each picture; "generations" and
-    "marginals": empty, or what `precompute` adds to an export}
+    maps of `pack`; "domains": see `describe`; "scenes": see `scenes`; "code": the source of what
+    made each picture; "generations" and "marginals": empty, or what `precompute` adds to an export}
     """
     domains = [describe(space, embedder) for space in spaces]
+    last = len(spaces) - 1  # where one's own documents stand, if there are any
     model = (softmax, split_heads, join_heads, erf_table, gelu, MiniLM, SmolLM)
     code = {
         "embed": (MiniLM.embed,),
@@ -862,7 +862,7 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
         "models": {"embedder": EMBED_MODEL, "llm": LLM_MODEL},
         "chat": CHAT.replace("{system}", SYSTEM_PROMPT),
         "defaults": {
-            "domain": FIRST if spaces[FIRST:] and spaces[-1].topic in TOPICS else len(spaces) - 1,
+            "domain": min(FIRST, last) if spaces[-1].topic in TOPICS else last,
             "k": TOP_K,
             "diversity": DIVERSITY,
             "temperature": TEMPERATURE,
@@ -2436,7 +2436,8 @@ function renderCards() {
 // ---- The tour ----
 
 const plain = () => stage({ domain: state.lessons, question: 0, choice: "nearest" });
-const redundantScene = () => stage({ domain: state.lessons, question: 1, choice: "nearest" });
+const redundantScene = () => stage(data.scenes.find(({ lesson, fails }) =>
+  lesson === "redundant" && fails.domain === state.lessons).fails);
 const TOUR = [
   ["s1", "A question about a made-up thing. Watch the model write its answer, token by token. It "
     + "sounds sure, and it is wrong: nothing in its weights could know.", plain],
@@ -2622,7 +2623,7 @@ function start(told) {
     return [...[[], on, nearest, diverse].map((numbers) => answerFor(numbers)),
       ...cards.filter(({ shown }) => shown).map(({ shown }) => answerOf(shown))];
   };
-  state.lessons = data.scenes.at(-1).fails.domain;
+  state.lessons = data.scenes[0].fails.domain;
   chooseDomain(data.defaults.domain);
   const watcher = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
