@@ -2466,7 +2466,7 @@ function tour(to) {
   $("tour-back").disabled = step === 0;
   $("tour-next").textContent = step === TOUR.length - 1 ? "Finish" : "Next";
   prepare();
-  $(id).scrollIntoView();
+  (UNIT > 1 ? $(id).lastElementChild : $(id)).scrollIntoView(); // a phone shows one of both
 }
 function endTour() {
   $("tour").hidden = true;
