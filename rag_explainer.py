@@ -838,11 +838,11 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
     {"exported": bool; "models": {"embedder", "llm"}; "chat": the prompt's template, with its system
     text in place; "defaults": {"domain", "k", "diversity", "temperature"}; "limits": {"question":
     characters, "answer": tokens, "copy_share": see `generate`}; "copy_heads": their names among the
-    maps of `pack`; "domains": see `describe`;
-    "scenes": see `scenes`; "code": the source of what made each picture; "generations" and
-    "marginals": empty, or what `precompute` adds to an export}
+    maps of `pack`; "domains": see `describe`; "scenes": see `scenes`; "code": the source of what
+    made each picture; "generations" and "marginals": empty, or what `precompute` adds to an export}
     """
     domains = [describe(space, embedder) for space in spaces]
+    last = len(spaces) - 1  # where one's own documents stand, if there are any
     model = (softmax, split_heads, join_heads, erf_table, gelu, MiniLM, SmolLM)
     code = {
         "embed": (MiniLM.embed,),
@@ -862,7 +862,7 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
         "models": {"embedder": EMBED_MODEL, "llm": LLM_MODEL},
         "chat": CHAT.replace("{system}", SYSTEM_PROMPT),
         "defaults": {
-            "domain": FIRST if spaces[FIRST:] and spaces[-1].topic in TOPICS else len(spaces) - 1,
+            "domain": min(FIRST, last) if spaces[-1].topic in TOPICS else last,
             "k": TOP_K,
             "diversity": DIVERSITY,
             "temperature": TEMPERATURE,
@@ -1008,7 +1008,7 @@ def create_app(topics: list[Topic]) -> Any:
         try:
             fields = json.loads(body)
             return fields, spaces[range(len(spaces)).index(fields["domain"])]
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise HTTPException(422, "send a JSON object with the number of a domain") from error
 
     def question_of(fields: dict[str, Any], name: str) -> str:
@@ -1082,8 +1082,10 @@ def create_app(topics: list[Topic]) -> Any:
         return JSONResponse(await run_in_threadpool(work))
 
     async def refuse(_: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 500)
-        return JSONResponse({"detail": getattr(error, "detail", "")}, status)
+        if isinstance(error, HTTPException):
+            return JSONResponse({"detail": error.detail}, error.status_code)
+        notice(f"error: {one_line(error) or type(error).__name__}")
+        return JSONResponse({"detail": "it failed: the terminal says why"}, 500)
 
     routes = [
         Route("/", get_page),
@@ -1093,7 +1095,9 @@ def create_app(topics: list[Topic]) -> Any:
         Route("/marginal", post_marginal, methods=["POST"]),
     ]
     return Starlette(
-        routes=routes, middleware=[Middleware(Guard)], exception_handlers={HTTPException: refuse}
+        routes=routes,
+        middleware=[Middleware(Guard)],
+        exception_handlers={HTTPException: refuse, Exception: refuse},
     )
 
 
@@ -1114,9 +1118,9 @@ def serve(args: argparse.Namespace, topics: list[Topic]) -> None:
     except (OSError, OverflowError) as error:
         raise Failure(f"can't listen on port {args.port}: leave --port out ({error})") from error
     app = create_app(topics)
-    # An answer that is still being written does not hold up Ctrl-C for longer than a second.
+    # An answer under way holds Ctrl-C up for a second; uvicorn would call that an error, at length.
     config = uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=1
+        app, log_level="critical", server_header=False, timeout_graceful_shutdown=1
     )
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     notice(f"ready: {url} (Ctrl-C ends it)")
@@ -1269,7 +1273,7 @@ section { padding-block: 3rem; border-top: 1px solid var(--line); }
 .muted { color: var(--muted); font-size: .875rem; }
 .error, .wrong { color: var(--bad); }
 .right { color: var(--good); }
-.verdict { min-height: 1.5em; font-weight: 600; }
+.verdict { min-height: 1.5em; margin: .6rem 0 0; font-weight: 600; }
 button, select, input[type="text"] {
   min-height: 2.4rem; padding: .3rem .8rem; border: 1px solid var(--edge); border-radius: .5rem;
   background: var(--card); color: var(--text); font: inherit; font-size: .95rem;
@@ -1335,7 +1339,7 @@ th { color: var(--muted); font-weight: 600; }
 td, th { overflow-wrap: break-word; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
-td:has(bdi) { min-width: 8rem; }
+td:has(bdi) { min-width: 6.5rem; }
 @media (max-width: 45rem) { table { font-size: .82rem; } th, td { padding-inline: .2rem; } }
 #distances td:first-child { border-left: 3px solid transparent; }
 #distances .found td { background: var(--soft); }
@@ -1952,9 +1956,10 @@ function renderPoints() {
 let parts; // of the map in 3: its dots, lines, handle; and the table's rows
 function buildMap() {
   const [x, y] = scale.toScreen(state.question.point);
-  const dots = drawPoints([[x, y], [x, y - 25 * UNIT]]);
+  const labelled = [-35, 0, 35].map((right) => [x + right * UNIT, y - 27 * UNIT]);
+  const dots = drawPoints([[x, y], ...labelled]);
   const lines = dots.map(() => line([0, 0], [0, 0], "near"));
-  const label = draw("text", { class: "seen-as", x: 0, y: -20 * UNIT, "text-anchor": "middle" });
+  const label = draw("text", { class: "seen-as", x: 0, y: -22 * UNIT, "text-anchor": "middle" });
   const handle = draw("g", { id: "handle", tabindex: 0, role: "slider", "aria-valuemin": -2,
     "aria-valuemax": 2, "aria-label": "The question's point; arrow keys move it" },
     draw("circle", { r: 24 * UNIT, class: "halo" }),
@@ -2239,7 +2244,7 @@ function mapsOf(answer) {
   return answer.maps;
 }
 
-const CELL = 22, LEFT = 112, TOP = 104;
+const CELL = 22, LEFT = UNIT > 1 ? 76 : 112, TOP = 104;
 function renderHeat() {
   const { on } = place();
   const answer = answerFor(on);
@@ -2431,7 +2436,8 @@ function renderCards() {
 // ---- The tour ----
 
 const plain = () => stage({ domain: state.lessons, question: 0, choice: "nearest" });
-const redundantScene = () => stage({ domain: state.lessons, question: 1, choice: "nearest" });
+const redundantScene = () => stage(data.scenes.find(({ lesson, fails }) =>
+  lesson === "redundant" && fails.domain === state.lessons).fails);
 const TOUR = [
   ["s1", "A question about a made-up thing. Watch the model write its answer, token by token. It "
     + "sounds sure, and it is wrong: nothing in its weights could know.", plain],
@@ -2460,7 +2466,7 @@ function tour(to) {
   $("tour-back").disabled = step === 0;
   $("tour-next").textContent = step === TOUR.length - 1 ? "Finish" : "Next";
   prepare();
-  $(id).scrollIntoView();
+  (UNIT > 1 ? $(id).lastElementChild : $(id)).scrollIntoView(); // a phone shows one of both
 }
 function endTour() {
   $("tour").hidden = true;
@@ -2617,7 +2623,7 @@ function start(told) {
     return [...[[], on, nearest, diverse].map((numbers) => answerFor(numbers)),
       ...cards.filter(({ shown }) => shown).map(({ shown }) => answerOf(shown))];
   };
-  state.lessons = data.scenes.at(-1).fails.domain;
+  state.lessons = data.scenes[0].fails.domain;
   chooseDomain(data.defaults.domain);
   const watcher = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {

@@ -93,24 +93,30 @@ def test_each_failure_happens_and_is_mended(domain, lesson, data, ask):
     assert right, answer
 
 
-def test_the_copying_heads_look_at_the_token_they_copy(llm):
-    """Of all 270 heads, those of COPY_HEADS: the others, and the mean of all, look elsewhere."""
+def test_the_copying_heads_look_at_the_token_they_copy(llm, data, ask):
+    """They nearly always look most at the word that comes next; the mean of all heads seldom."""
     hits, mean_hits, total = np.zeros(len(rag.COPY_HEADS)), 0, 0
-    for topic in rag.TOPICS:
-        question = topic.questions[0]
-        tokens, owners = rag.tokenize(question.text, list(topic.sentences), llm)
-        [n] = question.evidence
-        context = np.array([place for place, owner in enumerate(owners) if owner == n])
-        # The sentence itself as the answer, from its second token on: each stands in the context.
-        answer = [tokens[place] for place in context]
-        _, attention, _ = llm.read([*tokens, *answer[:-1]], rows=len(answer) - 1)
-        everything = [place for place, owner in enumerate(owners) if owner >= 0]
-        for row, (token, place) in enumerate(zip(answer[1:], context[1:], strict=True)):
-            look = attention[:, :, row][:, :, everything]
-            at = everything.index(place)
-            hits += [look[layer, head].argmax() == at for layer, head in rag.COPY_HEADS]
-            mean_hits += look.mean((0, 1)).argmax() == at
-            total += 1
-            assert token == tokens[place]
-    assert (hits / total).min() > 0.8, hits / total
-    assert mean_hits / total < 0.5, mean_hits / total
+    for domain in data["domains"]:
+        for q, choice in ((0, "nearest"), (1, "diverse"), (2, "evidence"), (3, "nearest")):
+            question = domain["questions"][q]
+            on = rag.choices(question, domain)[choice]
+            sentences = [domain["sentences"][n] for n in on]
+            answer = llm.tokenizer.encode(ask(question["text"], tuple(sentences))).ids
+            tokens, owners = rag.tokenize(question["text"], sentences, llm)
+            _, attention, _ = llm.read([*tokens, *answer[:-1]], rows=len(answer))
+            context = [place for place, owner in enumerate(owners) if owner >= 0]
+            words = [llm.tokenizer.decode([tokens[place]]) for place in context]
+            for row, token in enumerate(answer):
+                word = llm.tokenizer.decode([token])
+                if not word.strip() or word.strip().lower() not in question["expected"].lower():
+                    continue  # names and numbers are copied; other words it may know
+                same = [n for n, other in enumerate(words) if rag.alike(other, word)]
+                look = attention[:, :, row][:, :, context]
+                hits += [look[layer, head].argmax() in same for layer, head in rag.COPY_HEADS]
+                mean_hits += look.mean((0, 1)).argmax() in same
+                total += 1
+    shares, mean_share = hits / total, mean_hits / total
+    assert total > 30
+    assert shares.min() > 0.75, shares
+    assert shares.mean() > 0.85, shares
+    assert mean_share < 0.6, mean_share

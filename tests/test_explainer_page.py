@@ -90,7 +90,7 @@ class Visit:
         options = {"viewport": {"width": 1280, "height": 800}, "offline": False} | options
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.url = url
+        self.url = url.partition("#")[0]
         self.complaints: list[str] = []
         self.asked: list[str] = []
         said = ("error", "warning")
@@ -114,8 +114,8 @@ class Visit:
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    """The served page, on its domain of cooking."""
-    visit = Visit(browser, url)
+    """The served page, on its domain of cooking, at a section that has the model write nothing."""
+    visit = Visit(browser, f"{url}#s10")
     visit.page.select_option("#domain", label="cooking")
     yield visit.page
     visit.end()
