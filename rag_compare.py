@@ -48,7 +48,6 @@ import re
 import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tempfile
@@ -60,9 +59,9 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 TOP_K = 4  # as in the scripts
 TIMEOUT = 300  # seconds without a line; a first start may download gigabytes
@@ -70,7 +69,8 @@ GRACE = 5  # seconds that a script has to end itself
 MAX_LINE = 10_000_000  # characters of a line that are read: a record has some thousands
 # Bytes of questions on one command line. Systems take 32 kB (Windows) to 2 MB with the environment.
 MAX_ARGUMENTS = 20_000 if os.name == "nt" else 200_000
-SHOWN = 20  # questions on a terminal
+MAX_QUESTION = 4_000  # characters: the scripts refuse longer ones
+SHOWN = 20  # questions, and changes, on a terminal
 MIN_CHUNKS = 100  # with fewer, the time of indexing is that of imports
 RESAMPLES = 2_000  # of the bootstrap: the ends of an interval are then good to two digits
 PRICES_OF = "2026-11-21"  # list prices, USD for a million tokens, in and out
@@ -117,6 +117,7 @@ class Trouble(Exception):
     """What is wrong with a script that was run: it hangs, or prints something else."""
 
 
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LATER = ConfigDict(defer_build=True)  # until a record comes: --help need not wait
 
 
@@ -136,26 +137,26 @@ class Source(BaseModel):
     source: str
     text: str
     page: int | None = None
-    score: float | None = None
+    score: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 class Usage(BaseModel):
     """What the LLM's service counted."""
 
     model_config = LATER
-    input_tokens: int
-    output_tokens: int
+    input_tokens: int = Field(ge=0, le=10**12)
+    output_tokens: int = Field(ge=0, le=10**12)
 
 
 class Seconds(BaseModel):
     """How long each stage took; `first_token` counts from the start of `generate`."""
 
     model_config = LATER
-    load: float | None = None
-    index: float | None = None
-    retrieve: float | None = None
-    first_token: float | None = None
-    generate: float | None = None
+    load: Number | None = None
+    index: Number | None = None
+    retrieve: Number | None = None
+    first_token: Number | None = None
+    generate: Number | None = None
 
 
 class Record(BaseModel):
@@ -173,6 +174,26 @@ class Record(BaseModel):
     usage: Usage | None = None
 
 
+class EarlierScript(BaseModel):
+    """What run.json tells of a script."""
+
+    model_config = LATER
+    name: str
+    file: str
+    status: str
+    figures: dict[str, dict[str, float] | float | str | None]
+
+
+class EarlierRun(BaseModel):
+    """What run.json tells."""
+
+    model_config = LATER
+    started: str
+    digest: str
+    retrieve_only: bool
+    scripts: list[EarlierScript]
+
+
 @dataclass
 class Script:
     """A script, named as it was typed, and what was measured of it."""
@@ -184,8 +205,7 @@ class Script:
     status: str = "not run"  # then ok, unable (can't run here), failed
     reason: str | None = None
     records: list[Record] = field(default_factory=list)
-    setup: float | None = None  # seconds of --help, with making the environment
-    warm_start: float | None = None  # seconds
+    first_answer: float | None = None  # seconds from a start on a kept index to its first record
     opening: float | None = None  # what seconds.index is on a kept index: loading, not indexing
     chunks: int | None = None
     download: float | None = None  # MB
@@ -219,7 +239,7 @@ def read_questions(file: Path, documents: list[str]) -> list[Question]:
     for document in documents:
         named_so.setdefault(Path(document).name, []).append(document)
     try:
-        lines = file.read_text("utf-8-sig").splitlines()
+        lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"the questions can't be read: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -229,14 +249,22 @@ def read_questions(file: Path, documents: list[str]) -> list[Question]:
             question = Question.model_validate_json(line)
             if not question.question.strip() or "\0" in question.question:
                 raise ValueError('"question" is empty, or holds a null character')
+            if len(question.question) > MAX_QUESTION:
+                raise ValueError(f'"question" has more than {MAX_QUESTION} characters')
+            if question.answer is not None and not normalize(question.answer):
+                raise ValueError('"answer" has neither a letter nor a digit')
             if question.relevant == [] and question.answer is not None:
                 raise ValueError('"relevant": [] says that there is no "answer"')
+            labels: dict[str, str] = {}  # by document: one that is named twice counts once
             for label in question.relevant or []:
                 named = [d for d in named_so.get(Path(label).name, []) if matches(label, d)]
                 if len(named) != 1:
                     several = f"{len(named)} documents: write more of its path"
                     what = several if named else "no document under --docs"
                     raise ValueError(f'"relevant": {label!r} names {what}')
+                labels.setdefault(named[0], label)
+            if question.relevant:
+                question.relevant = list(labels.values())
         except ValueError as error:
             raise Failure(f"{file}, line {number}: {first_fault(error)}") from error
         questions.append(question)
@@ -274,11 +302,12 @@ def matches(label: str, source: str) -> bool:
 def read_prices(file: Path | None) -> Prices:
     """Read {"model": [in, out]}, USD a million tokens, which go before the built-in prices."""
     try:
-        given = json.loads(file.read_text("utf-8")) if file else {}
-        return PRICES | {name: (float(i), float(o)) for name, (i, o) in given.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        given = file.read_text("utf-8") if file else "{}"
+        return PRICES | TypeAdapter(dict[str, tuple[Number, Number]]).validate_json(given)
+    except (OSError, ValueError) as error:
         hint = 'it holds {"model": [USD a million tokens in, out]}'
-        raise Failure(f"the prices in {file} can't be read, {hint} ({error})") from error
+        fault = first_fault(error) if isinstance(error, ValueError) else error
+        raise Failure(f"the prices in {file} can't be read, {hint} ({fault})") from error
 
 
 # --- running the scripts --------------------------------------------------------------------------
@@ -386,7 +415,7 @@ def ask(
         for name, line in lines:
             if name == "stderr":
                 errors = [*errors, line][-20:] if line.strip() else errors
-                if found := re.search(r"index: (\d+) chunks added", line):
+                if found := re.search(r"index: (\d{1,12}) chunks added", line):
                     script.chunks = int(found[1])
                 continue
             if name == "exit":
@@ -405,8 +434,7 @@ def ask(
                 text = cut(record.question, 80)
                 raise Trouble(f"{place} answers {text!r}, which was not the next question")
             if not answered and second:
-                spent = (record.seconds.retrieve or 0) + (record.seconds.generate or 0)
-                script.warm_start = time.perf_counter() - start - spent
+                script.first_answer = time.perf_counter() - start
                 script.opening = record.seconds.index or 0.0
             answered += 1
             failed |= record.error is not None
@@ -426,7 +454,7 @@ def run_script(
     kept: Callable[[Record], None],
 ) -> None:
     """Run a script on all questions; its index is kept in `folder`. Fills in what it measures."""
-    start, told, errors = time.perf_counter(), "", []
+    told, errors = "", []
     command = ["uv", "run", str(script.path), *script.options, "--help"]
     try:
         with contextlib.closing(lines_of(command, args.timeout)) as lines:
@@ -434,7 +462,6 @@ def run_script(
                 told += line if name == "stdout" else ""
                 errors += [line] if name == "stderr" and line.strip() else []
                 code = int(line) if name == "exit" else 0
-        script.setup = time.perf_counter() - start
         script.status, script.reason = judge(code, errors)
         if script.status == "ok" and not ("--json" in told and "--retrieve-only" in told):
             script.status = "unable"
@@ -446,6 +473,8 @@ def run_script(
             if script.status == "ok":
                 verdict = ask(script, batch, docs + options, args.timeout, kept)
                 script.status, script.reason = verdict
+                if script.status == "unable" and script.records:
+                    script.status = "failed"  # it could run here, and gave up
             docs = []
     except BaseException as error:
         script.status, script.reason = "failed", str(error) or "was interrupted"
@@ -545,7 +574,7 @@ def interval(values: list[float]) -> dict[str, float] | None:
 def normalize(text: str) -> str:
     """Drop case, punctuation and articles as SQuAD's evaluation does, and citations."""
     text = re.sub(r"\[\d+\??\]", " ", text.lower())
-    text = "".join(character for character in text if character not in string.punctuation)
+    text = re.sub(r"[^\w\s]|_", " ", text)  # a blank: "1911-14" holds 1911
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -566,13 +595,15 @@ def jaccard(one: set[Any], other: set[Any]) -> float:
 
 
 def lookups(records: list[Record]) -> list[float | None]:
-    """Seconds of retrieval, a question each.
+    """Seconds of retrieval, a question each, of the process on the kept index.
 
-    A script that looks all questions up at once gives each record of a process the time of all:
-    the same number, which is then shared among them.
+    A script that looks all questions up at once gives each record the time of all: the same number
+    to the last digit, which is then shared among them. (A rounded one may be the same by chance.)
     """
-    times = [record.seconds.retrieve for record in records]
-    return [time and time / times.count(time) for time in times]
+    times = [record.seconds.retrieve for record in records[1:]]
+    if len(times) > 2 and times[0] and len(set(times)) == 1 and times[0] != round(times[0], 4):
+        return [times[0] / len(times)] * len(times)
+    return times
 
 
 def total(*parts: float | None) -> float | None:
@@ -620,20 +651,26 @@ def work_out(
     """Work out a script's figures, by name. None: not known. Shares are 0 to 1."""
     from pygount import SourceAnalysis
 
-    records, found = script.records, lookups(script.records)
+    records = script.records
     pairs = list(zip(questions, records, strict=False))
-    timed = [
-        (s, r.seconds.first_token, r.seconds.generate)
-        for s, r in zip(found, records, strict=True)
-        if r.answer
-    ]
+    # The first record of a process has the time of imports and of connecting in it.
+    settled = list(zip(lookups(records), records[1:], strict=True))[1:]
+    found = [search for search, _ in settled]
+    timed = [(s, r.seconds.first_token, r.seconds.generate) for s, r in settled if r.answer]
+    spent = middle([(s or 0) + (r.seconds.generate or 0) for s, r in settled if not r.error])
     whole = [total(search, generate) for search, _, generate in timed]
     used = [r.usage for r in records if r.usage]
-    priced = [cost(record, prices) for record in records if record.usage]
+    # A refusal that asked no LLM cost nothing.
+    priced = [
+        0.0 if used and record.refused and not record.usage else cost(record, prices)
+        for record in records
+        if not record.error
+    ]
     ranked = [(rank_documents(r.sources, q.relevant), q.relevant) for q, r in pairs if q.relevant]
     said = [] if retrieve_only else [(q, r) for q, r in pairs if not r.error]
     expected = [] if retrieve_only else [(q.answer, r.answer) for q, r in pairs if q.answer]
     usd = mean(priced) if None not in priced else None
+    warm_start = total(script.first_answer, -spent) if spent is not None else None
     source = SourceAnalysis.from_file(str(script.path), "compare")
     return {
         "hit_at_k": interval([hit(*each) for each in ranked]),
@@ -655,8 +692,9 @@ def work_out(
         "usd_per_1000": usd and usd * 1_000,
         "chunks": script.chunks,
         "chunks_per_s": indexing_rate(script),
-        "warm_start_s": script.warm_start,
-        "setup_s": script.setup,
+        "warm_start_s": warm_start if warm_start and warm_start > 0 else None,
+        "llm": ", ".join(sorted({r.model for r in records if r.model})) or None,
+        "embedder": ", ".join(sorted({r.embed_model for r in records if r.embed_model})) or None,
         "download_mb": script.download,
         "lines_of_code": source.source_count if source.is_countable else None,
         "answered": sum(record.error is None for record in records),
@@ -674,15 +712,16 @@ ROWS = {  # the rows of the table, with the figures in their cells
     "retrieve ms, p50 / p95": ["retrieve_ms_p50", "retrieve_ms_p95"],
     "first token s, p50": ["first_token_s_p50"],
     "answer s, p50 / p95": ["answer_s_p50", "answer_s_p95"],
-    "tokens in / out": ["input_tokens", "output_tokens"],
+    "tokens in / out, a call": ["input_tokens", "output_tokens"],
     "USD / 1,000 questions": ["usd_per_1000"],
     "indexing chunks/s": ["chunks_per_s"],
     "chunks": ["chunks"],
     "warm start s": ["warm_start_s"],
-    "first --help s": ["setup_s"],
     "first download MB": ["download_mb"],
     "lines of code": ["lines_of_code"],
     "answered / errors": ["answered", "errors"],
+    "LLM": ["llm"],
+    "embedder": ["embedder"],
 }
 TIMES = re.compile(".*_(s|ms)(_p50|_p95)?")  # figures that differ from run to run
 
@@ -693,6 +732,8 @@ def number(value: Any) -> str:
         return f"{value['mean']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     return f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:.3g}"
 
 
@@ -793,9 +834,10 @@ def save_run(folder: Path, asked: dict[str, Any], scripts: list[Script]) -> None
 def find_earlier(root: Path, asked: dict[str, Any]) -> Path | None:
     """Find the newest run of the same questions and documents that --trace has kept."""
     for file in sorted(root.glob("*/run.json"), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run of ours
-            run = json.loads(file.read_text("utf-8"))
-            if all(run[key] == asked[key] for key in ("digest", "retrieve_only")):
+        with contextlib.suppress(OSError, ValueError):  # no run of ours
+            run = EarlierRun.model_validate_json(file.read_text("utf-8") if file.is_file() else "")
+            same = (run.digest, run.retrieve_only) == (asked["digest"], asked["retrieve_only"])
+            if same and any(script.status == "ok" for script in run.scripts):
                 return file.parent
     return None
 
@@ -805,17 +847,19 @@ def changes_since(folder: Path, scripts: list[Script]) -> dict[str, Any]:
 
     Times differ from run to run: those that moved by less than a fifth are left out.
     """
-    run = json.loads((folder / "run.json").read_text("utf-8"))
-    before, changed = {script["name"]: script for script in run["scripts"]}, {}
+    run = EarlierRun.model_validate_json((folder / "run.json").read_text("utf-8"))
+    before, changed = {script.name: script for script in run.scripts}, {}
     for script in scripts:
         old, figures, pairs = before.get(script.name), {}, []
         if not old:
             continue
-        with contextlib.suppress(OSError, ValidationError):  # it printed nothing then
-            lines = (folder / old["file"]).read_text("utf-8").splitlines()
-            pairs = list(zip(map(Record.model_validate_json, lines), script.records, strict=False))
+        # What can't be read, it did not print then: or a stop has cut it.
+        with contextlib.suppress(OSError, ValueError):
+            lines = (folder / Path(old.file).name).read_text("utf-8").split("\n")
+            for line, new in zip(lines, script.records, strict=False):
+                pairs.append((Record.model_validate_json(line), new))
         for key, now in script.figures.items():
-            was = old["figures"].get(key)
+            was = old.figures.get(key)
             steady = TIMES.fullmatch(key) and was and now and abs(now / was - 1) < 0.2
             if number(was) != number(now) and not steady:
                 figures[key] = [was, now]
@@ -833,12 +877,12 @@ def changes_since(folder: Path, scripts: list[Script]) -> dict[str, Any]:
                 if was != now
             ],
         }
-    return {"since": run["started"], "scripts": changed}
+    return {"since": run.started, "scripts": changed}
 
 
 def tell_changes(changes: dict[str, Any]) -> list[str]:
     """Say in lines what changed since an earlier run."""
-    lines = [f"Since {changes['since']}:"]
+    lines = []
     for name, changed in changes["scripts"].items():
         lines += [
             f"{name}: {key} {number(a)} -> {number(b)}"
@@ -850,6 +894,9 @@ def tell_changes(changes: dict[str, Any]) -> list[str]:
         lines += [f"{name}: other passages for: {question}" for question in changed["passages"]]
         if not any(changed.values()):
             lines.append(f"{name}: nothing changed")
+    more = len(lines) - SHOWN
+    lines = [f"Since {changes['since']}:", *lines[:SHOWN]]
+    lines += [f"... and {more:,} more, which --json tells"] if more > 0 else []
     return [textwrap.shorten(printable(line), 400) for line in lines]
 
 
@@ -908,7 +955,8 @@ def show(report: Report, console: Any) -> None:
         for head in heads[start : start + fitting]:
             table.add_column(Text(head.replace("_", "_\n")), justify="right", max_width=15)
         for label, cells in report.rows:
-            table.add_row(label, *[text.replace(" (", "\n(") for text in cells[start:][:fitting]])
+            shown = [Text(text.replace(" (", "\n(")) for text in cells[start:][:fitting]]
+            table.add_row(label, *shown)
         console.print(table)
     for line in report.notes + report.troubles + report.told_changes:
         console.print(Text(line))
@@ -933,7 +981,12 @@ def show(report: Report, console: Any) -> None:
                     body.append(f"not all have: {cut(passage['text'], 90)}\n", style="yellow")
             body.rstrip()
             panels.append(Panel(body, title=Text(short(answer["name"])), title_align="left"))
-        console.print(Columns(panels, width=max(38, console.width // max(1, len(panels)) - 1)))
+        console.print(
+            Columns(
+                panels,
+                width=min(console.width - 2, max(38, console.width // max(1, len(panels)) - 1)),
+            )
+        )
     if len(report.views) > len(telling):
         same = len(report.views) - len(telling)
         console.print(f"\n{same} questions: the same passages and answers from all.")
@@ -1076,8 +1129,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def check_report(file: Path) -> None:
     """Raise Failure where the report can't be written, before anything runs."""
     try:
-        if file.is_dir():
-            raise IsADirectoryError("it is a folder")
+        if file.exists() and not file.is_file():
+            raise OSError("it is no file")
         with tempfile.NamedTemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -1168,6 +1221,14 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         print(f"error: {cut(str(error), 600)}", file=sys.stderr)
         code = 2
     report = Report(scripts, questions, prices, args, earlier)
+    try:  # before the tables: whoever reads those may close the pipe
+        if args.report:
+            write_page(report, args.report, args.retrieve_only)
+        if trace:
+            save_run(trace, asked, scripts)
+    except OSError as error:
+        print(f"error: {cut(str(error), 600)}", file=sys.stderr)
+        code = code or 2
     if args.json:
         told = [summary(s) | {"records": [r.model_dump() for r in s.records]} for s in scripts]
         overlap = {"names": report.names, "overlap": report.overlap}
@@ -1178,20 +1239,26 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         with console.capture() as captured:  # printed by ourselves: rich exits on a broken pipe
             show(report, console)
         print(captured.get(), end="", flush=True)
-    if trace:
-        save_run(trace, asked, scripts)
-    if args.report:
-        write_page(report, args.report, args.retrieve_only)
     failed = any(s.status == "failed" or s.figures.get("errors") for s in scripts)
     return code or (1 if failed else 0 if report.ran else 2)
+
+
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
+def interrupt(*_: Any) -> None:
+    """Stop at the first signal, once: the scripts are ended, and what was measured is shown."""
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare. Returns the exit code."""
     args = parse_arguments(argv)
-    for name in ("SIGTERM", "SIGHUP"):  # else the scripts, in groups of their own, would outlive us
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in SIGNALS:  # else the scripts, in groups of their own, would outlive us
+        if signal.getsignal(name) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(name, interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="rag-", ignore_cleanup_errors=True) as folder:
             return compare(args, Path(folder))

@@ -1008,7 +1008,7 @@ def test_ctrl_c_while_it_indexes_ends_soon_and_the_next_start_goes_on(
     until(lambda: (tmp_path / "rag" / "chroma.sqlite3").exists())
     time.sleep(1)
     server.kill(signal.SIGINT)
-    assert server.end() == 130
+    assert server.end() == 130, server.err()
     assert "ready" not in server.err()
     with browse(start(*args).url()) as client:
         assert client.get("/readyz").json()["chunks"] == 300
