@@ -1717,7 +1717,7 @@ def create_app(store_ready: Callable[[], Store | None], args: argparse.Namespace
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Serve the API and the page until a signal. The index is loaded while /healthz answers."""
+    """Serve the API and the page until a signal (130), and load the index meanwhile."""
     import uvicorn
 
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -1749,13 +1749,14 @@ def serve(args: argparse.Namespace) -> int:
     try:
         server.run(sockets=[bound])
     finally:
+        reasons = list(failed)  # what fails from here on, the end has caused
         stop.set()
         loading.join(timeout=5)  # in an import it can't stop, and whatever it does may be cut
         for store in opened:
             store.close()
-    for error in failed:
+    for error in reasons:
         raise error
-    return 0
+    return 130
 
 
 # --- command line ---------------------------------------------------------------------------------
