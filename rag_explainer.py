@@ -35,7 +35,7 @@ small LLM answer with and without it, token by token. Both models run in plain n
     uv run rag_explainer.py --export explainer.html      # the same page as one file, to share
     uv run rag_explainer.py --docs notes/ "my question"  # with one's own sentences and questions
 
-Needs no key, no server and no network, 1 GB of memory, and at first 290 MB of packages, both models
+Needs no key, no server and no network, 1 GB of memory, and at first 205 MB of packages, both models
 in them. Costs nothing. The page asks this machine only; the exported file asks nobody. Left out:
 good answers (135 million parameters are enough to see how it works, and where it fails): take
 rag_local_ollama.py for those, and rag_hybrid_fastapi.py for all that people add to the loop.
@@ -93,8 +93,8 @@ DIVERSITY = 0.5  # MMR's lambda: half relevance, half difference
 TEMPERATURE = 0.1  # of p(z|x): at 1, cosines between 0.2 and 0.8 would count nearly alike
 ANY_QUESTION = "What is this about?"  # where --docs came without one: a point to begin with
 SYSTEM_PROMPT = "You answer questions in as few words as possible."
-# Heads that look at the word which they copy into the answer, (layer, head) from 0: found by
-# counting which ones look most at the very token that comes next.
+# Heads that look at the word which they copy into the answer, (layer, head) from 0: of the copied
+# words here each looks most at the right one in .85 to .96, the mean of all heads in .35.
 COPY_HEADS = ((17, 3), (17, 4), (17, 5), (18, 6), (23, 2))
 COPY_NAMES = [f"layer {layer}, head {head}" for layer, head in COPY_HEADS]
 COPY_SHARE = 0.3  # of their attention, on average, must lie on the copied token
