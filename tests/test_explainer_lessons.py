@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 import rag_explainer as rag
 
+pytestmark = pytest.mark.slow
 Ask = Callable[[str, tuple[str, ...]], str]
 each_domain = pytest.mark.parametrize("domain", range(4), ids=[t.name for t in rag.TOPICS])
 

@@ -23,7 +23,10 @@ from threadpoolctl import threadpool_limits
 import rag_explainer as rag
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium"),
+]
 
 TITLE = "Retrieval-augmented generation, explained"
 HOSTILE = (
