@@ -493,7 +493,10 @@ def embed(texts: list[str], embed_model: str, precision: str, query: bool = Fals
 
     model = load_embedder(embed_model, precision)
     encode = model.encode_query if query else model.encode_document
-    vectors = encode(texts, batch_size=32).astype("float32")  # bfloat16 has no unit length
+    # Texts are padded to the longest of their batch. A CPU gains nothing from large batches, and
+    # loses a sixth of its time to padding at 32.
+    size = 8 if model.device.type == "cpu" else 32
+    vectors = encode(texts, batch_size=size).astype("float32")  # bfloat16 has no unit length
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
