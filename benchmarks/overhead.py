@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -40,6 +39,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from retrieval import Missing, load
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared/data/squad2_dev"
@@ -62,10 +63,6 @@ async def main():
 asyncio.run(main())"""
 
 
-class Missing(Exception):
-    """A script or a file that a part measures is not here."""
-
-
 @dataclass(frozen=True)
 class Row:
     """A figure beside its floor; `held` is None where it could not be measured."""
@@ -77,18 +74,6 @@ class Row:
     ratio: float | None = None
     target: str = ""
     held: bool | None = None
-
-
-def load(path: str) -> Any:
-    """Import a file of the repository by its path, anew each time, without its notices."""
-    if not (ROOT / path).exists():
-        raise Missing(f"there is no {path}")
-    spec: Any = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    module.notice = lambda text: None
-    return module
 
 
 def arguments(script: Any, *argv: str) -> Any:

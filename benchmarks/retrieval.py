@@ -51,7 +51,7 @@ class Question:
 
 
 def load(path: str) -> Any:
-    """Import a file of the repository by its path, without its notices."""
+    """Import a file of the repository by its path, anew each time, without its notices."""
     if not (ROOT / path).exists():
         raise Missing(f"there is no {path}")
     spec: Any = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)

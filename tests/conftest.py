@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import docx
 import pytest
 from fake_llm import FakeLLM
 from fpdf import FPDF
+from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 GUARD = Path(__file__).resolve().parent / "loopback_only"
@@ -21,6 +26,11 @@ sys.path.insert(0, str(ROOT))  # so that a test can `import rag_faiss_openai`
 
 # What a user's environment could change in a run.
 THEIRS = ("OPENAI_", "ANTHROPIC_", "OLLAMA_", "HF_", "LLAMA_", "CHROMA_", "TQDM_")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(
+    not CHROMIUM, reason="there is no Chromium: apt install chromium"
+)
+READY = r"ready: (\S+)"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
@@ -140,6 +150,48 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@contextmanager
+def served(script: str, *args: str, cwd: Path, env: dict[str, str] | None = None) -> Generator[str]:
+    """Run a script that serves, as a user would: its address. In the end it gets a Ctrl-C."""
+    process = subprocess.Popen(
+        command(script, *args), cwd=cwd, env=environment(env), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    try:
+        yield next(found[1] for line in process.stderr if (found := re.search(READY, line)))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+HEAVY = {"torch", "transformers", "sentence_transformers", "chromadb", "faiss", "xllamacpp"}
+HEAVY |= {"anthropic", "bm25s", "fastapi"}
+
+
+def run_light(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a script's main in a process of its own, which fails if it imports anything heavy."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script} as rag\n"
+        f"try: code = rag.main({list(args)!r})\n"
+        "except SystemExit as end: code = end.code\n"
+        f"assert not {HEAVY!r} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, headless."""
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
 def write_pdf(path: Path, *pages: str) -> Path:
     """Write a PDF with the text of each page; a page without any is blank."""
     pdf = FPDF()
@@ -150,6 +202,16 @@ def write_pdf(path: Path, *pages: str) -> Path:
             pdf.multi_cell(0, text=text)
     pdf.output(str(path))
     return path
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A folder with three texts of a line each."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("dam", "ferry", "honey"):
+        (folder / f"{name}.txt").write_text(f"The {name} of Aldermoor was praised in 1811.\n")
+    return folder
 
 
 @pytest.fixture

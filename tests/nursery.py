@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import ROOT, THEIRS, environment
@@ -29,12 +33,7 @@ for line in sys.stdin:
         os.environ.update(given["env"])
         for stream, name in ((1, given["out"]), (2, given["err"])):
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-        try:
-            code = rag.main(given["args"])
-        except BaseException:
-            import traceback; traceback.print_exc(); code = 99
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
+        sys.exit(rag.main(given["args"]))  # and a whole end of the interpreter after it
     print(pid, flush=True)
 """
 
@@ -65,15 +64,17 @@ class Nursery:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *args: object, env: dict[str, str] | None = None) -> int:
-        """Start a run, with the test's fake: its process id."""
+    def start(
+        self, *args: object, env: dict[str, str] | None = None, err: str | None = None
+    ) -> int:
+        """Start a run, with the test's fake: its process id. `err`: a terminal for its stderr."""
         place = self.folder / str(len(self.pids))
         fakes = {name: value for name, value in os.environ.items() if name.startswith(THEIRS)}
         given = {
             "args": [*map(str, args)],
             "env": fakes | (env or {}),
             "out": f"{place}.out",
-            "err": f"{place}.err",
+            "err": err or f"{place}.err",
         }
         pid = self._order("start", given)
         assert pid
@@ -86,17 +87,33 @@ class Nursery:
             self.codes[pid] = code
         return pid not in self.codes
 
-    def wait(self, pid: int) -> tuple[int, str]:
-        """Wait for a run: its exit code and its stderr."""
+    def wait(self, pid: int, seconds: float = 120) -> tuple[int, str]:
+        """Wait for a run: its exit code and its stderr. One that hangs is killed."""
         if self.is_running(pid):
+            killer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+            killer.start()
             code = self._order("wait", pid)
+            killer.cancel()
             assert code is not None
             self.codes[pid] = code
-        return self.codes[pid], self._read(pid, "err")
+        return self.codes[pid], self.errors(pid)
 
     def output(self, pid: int) -> str:
         """What a run has written to stdout."""
         return self._read(pid, "out")
 
+    def errors(self, pid: int) -> str:
+        """What a run has written to stderr, unless that is a terminal."""
+        return self._read(pid, "err")
+
     def _read(self, pid: int, stream: str) -> str:
-        return (self.folder / f"{self.pids.index(pid)}.{stream}").read_text()
+        path = self.folder / f"{self.pids.index(pid)}.{stream}"
+        return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)

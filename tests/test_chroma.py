@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment
+from conftest import environment, run_light
 from fake_llm import FakeLLM
 from nursery import Nursery
 
@@ -368,16 +368,7 @@ def test_a_server_that_does_not_answer_is_one_line_that_says_how_to_start_one(
 def test_what_the_user_can_mend_is_said_before_anything_heavy_is_imported(
     args: list[str], said: str
 ) -> None:
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rag_chroma_claude as rag\n"
-        f"code = rag.main({args!r})\n"
-        "heavy = {'torch', 'chromadb', 'anthropic', 'sentence_transformers'}\n"
-        "assert not heavy & set(sys.modules)\n"
-        "sys.exit(code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
+    done = run_light("rag_chroma_claude", *args)
     assert done.returncode == 2, done.stderr
     assert re.search(said, done.stderr)
     assert done.stderr.count("\n") == 1

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -16,13 +15,11 @@ from pathlib import Path
 
 import pytest
 import pytrec_eval
-from conftest import ROOT, command, environment
-from playwright.sync_api import sync_playwright
+from conftest import ROOT, command, environment, needs_chromium
 
 import rag_compare as rag
 
 OFFLINE = {"UV_OFFLINE": "1"}  # the scripts that it runs must not ask an index
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>document.title='broken'</script><img src=http://127.0.0.1:9/x> {{ 7 * 7 }} [/b]"
 
 # Keeps the collection's command line; retrieves by shared words. --mode says what is wrong with it.
@@ -184,6 +181,7 @@ def test_an_interval_covers_its_mean_and_is_the_same_each_time():
         ("From 1911\u20131914, by \u201cEdda\u201d.", "1911", 1),
         ("It was Rollo\u2019s.", "Rollo's", 1),
         ("It is the Quarry [1] meadow.", "The quarry meadow", 1),
+        ("\u5e9c\u7684\u78e8\u574a\u5efa\u4e8e1764\u5e74\u3002", "\u78e8\u574a", 1),
         ("There are 32 [1].", "1", 0),
         ("There are 132.", "32", 0),
         (None, "32", 0),
@@ -546,6 +544,10 @@ def test_a_later_run_tells_what_changed_since(compare, monkeypatch):
     text = compare("fake.py", "--top-k", "1", "--trace", "kept")
     assert f"Since {second['started']}" in text
     assert "other passages for: How many paddles has the wheel?" in " ".join(text.split())
+    compare("fake.py --model other", "--json", "--trace", "kept")
+    text = compare("fake.py", "--trace", "kept")  # not with the newest, which had not this script
+    assert "fake.py: nothing changed" not in text
+    assert "fake.py: other passages for" in " ".join(text.split())
     Path("notes/mill.md").write_text("Other documents: there is nothing to compare with.")
     assert compare("fake.py", "--json", "--trace", "kept")["changes"] is None
 
@@ -591,34 +593,32 @@ def test_scripts_of_the_collection_are_compared(run, llm, files):
 # --- the page -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
+@needs_chromium
 def test_the_report_is_one_page_that_asks_nothing_and_shows_hostile_text_as_text(
-    compare, monkeypatch
+    compare, monkeypatch, browser
 ):
     monkeypatch.setenv("ANSWER", f"The fox says {HOSTILE}")
     names = ["fake.py", f"fake.py --mode reversed --model '{HOSTILE}'", "fake.py --mode no-key"]
     compare(*names, "--top-k", "1", "--report", "r.html")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for width, scheme in ((1280, "light"), (390, "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            asked, complaints = [], []
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.on("console", lambda told, said=complaints: said.append(told.text))
-            page.goto(Path("r.html").absolute().as_uri())
-            assert page.title() == "RAG scripts side by side"
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-            assert complaints == []
-            assert page.locator("script, article img").count() == 0
-            assert HOSTILE in page.locator("article .said").first.inner_text()
-            assert page.locator("figure svg").count() == 4
-            assert page.get_by_role("img", name="Quality against time").is_visible()
-            assert page.locator("th[scope=row]", has_text="nDCG@10").count() == 1
-            assert page.get_by_text("not all have this").count() > 0
-            assert page.get_by_text("NO_KEY is not set").is_visible()
-            assert page.evaluate(CONTRAST) >= 4.5
-        browser.close()
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        asked, complaints = [], []
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.on("console", lambda told, said=complaints: said.append(told.text))
+        page.goto(Path("r.html").absolute().as_uri())
+        assert page.title() == "RAG scripts side by side"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        assert complaints == []
+        assert page.locator("script, article img").count() == 0
+        assert HOSTILE in page.locator("article .said").first.inner_text()
+        assert page.locator("figure svg").count() == 4
+        assert page.get_by_role("img", name="Quality against time").is_visible()
+        assert page.locator("th[scope=row]", has_text="nDCG@10").count() == 1
+        assert page.get_by_text("not all have this").count() > 0
+        assert page.get_by_text("NO_KEY is not set").is_visible()
+        assert page.evaluate(CONTRAST) >= 4.5
+        page.close()
 
 
 CONTRAST = """() => {

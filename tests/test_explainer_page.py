@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,16 +13,15 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from conftest import command, environment
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from conftest import needs_chromium, served
+from playwright.sync_api import Browser, Locator, Page, expect
 from threadpoolctl import threadpool_limits
 
 import rag_explainer as rag
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium"),
+    needs_chromium,
 ]
 
 TITLE = "Retrieval-augmented generation, explained"
@@ -40,17 +36,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with the built-in domains and hostile documents."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "notes.txt").write_text(f"The fox says {HOSTILE}.\n\nThe owl says nothing.")
-    arguments = command("rag_explainer.py", "--no-browser", "--docs", "notes.txt", HOSTILE)
-    process = subprocess.Popen(
-        arguments, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr
-    for line in process.stderr:
-        if found := re.search(r"ready: (\S+)", line):
-            yield found[1]
-            break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    arguments = ("--no-browser", "--docs", "notes.txt", HOSTILE)
+    with served("rag_explainer.py", *arguments, cwd=folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +63,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
         path = tmp_path_factory.mktemp("exported") / "explainer.html"
         rag.export(path, rag.TOPICS)
     return path.as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 class Visit:

@@ -21,7 +21,7 @@ import numpy as np
 import openai
 import pytest
 from conftest import ROOT, environment
-from nursery import Nursery
+from nursery import Nursery, wait_for
 
 import rag_faiss_openai as rag
 
@@ -53,15 +53,6 @@ def ask(llm, capsys):
         return code, out, err
 
     return ask
-
-
-@pytest.fixture
-def notes(tmp_path):
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    for name in ("dam", "ferry", "honey"):
-        (folder / f"{name}.txt").write_text(f"The {name} of Aldermoor was praised in 1811.\n")
-    return folder
 
 
 def options(*args):
@@ -243,13 +234,6 @@ def nursery(tmp_path_factory):
     nursery = Nursery(tmp_path_factory.mktemp("nursery"), SETUP)
     yield nursery
     nursery.close()
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def test_a_run_that_is_killed_leaves_a_whole_index_and_is_resumed(llm, tmp_path, nursery):

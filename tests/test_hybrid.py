@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ import anthropic
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, environment
+from conftest import run_light
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nursery import Nursery
@@ -86,15 +85,6 @@ def embedded(monkeypatch):
 
     monkeypatch.setattr(rag, "embed", embed)
     return texts
-
-
-@pytest.fixture
-def notes(tmp_path):
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    for name in ("dam", "ferry", "honey"):
-        (folder / f"{name}.txt").write_text(f"The {name} of Aldermoor was praised in 1811.\n")
-    return folder
 
 
 def options(*args):
@@ -1069,16 +1059,7 @@ def test_what_the_user_can_mend_is_said_in_a_line(args, text, ask):
 
 
 def test_a_usage_error_loads_nothing_heavy():
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rag_hybrid_fastapi as rag\n"
-        "code = rag.main(['--llm', 'claude', 'x'])\n"
-        "heavy = {'torch', 'chromadb', 'anthropic', 'sentence_transformers', 'bm25s', 'fastapi'}\n"
-        "assert not heavy & set(sys.modules)\n"
-        "sys.exit(code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
+    done = run_light("rag_hybrid_fastapi", "--llm", "claude", "x")
     assert done.returncode == 2, done.stderr
     assert one_line(done.stderr)
 

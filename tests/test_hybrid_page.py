@@ -5,21 +5,17 @@
 from __future__ import annotations
 
 import re
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, environment
+from conftest import needs_chromium, served
 from fake_llm import FakeLLM
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
+pytestmark = needs_chromium
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 NOTES = {
@@ -42,30 +38,10 @@ def url(fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     (folder / "notes").mkdir()
     for name, text in NOTES.items():
         (folder / "notes" / name).write_text(text)
-    arguments = command("rag_hybrid_fastapi.py", "--docs", "notes", "--port", "0")
-    process = subprocess.Popen(
-        arguments,
-        cwd=folder,
-        env=environment(fake.environment()),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr
-    for line in process.stderr:
-        if found := re.search(r"ready: (\S+)", line):
-            yield found[1]
-            break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
+    arguments = ("--docs", "notes", "--port", "0")
+    env = fake.environment()
+    with served("rag_hybrid_fastapi.py", *arguments, cwd=folder, env=env) as url:
+        yield url
 
 
 @pytest.fixture(params=[(1280, 800), (360, 740)], ids=["desktop", "phone"])

@@ -9,17 +9,16 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, environment
+from conftest import run_light
 from fake_llm import FakeLLM
+from nursery import Nursery, wait_for
 
 import rag_local_ollama as rag
 
@@ -31,88 +30,20 @@ FACTS = ["Marta Oyelaran", "140 euros", "three days", "Priya Nandakumar", "90 da
 
 # --- processes that can be killed: forked from one that has made the imports ---------------------
 
-NURSERY = f"""
-import json, os, sys; sys.path.insert(0, {str(ROOT)!r})
+SETUP = """
 import bs4, docx2txt, numpy, openai, openai.resources, pypdf, safetensors.torch
 import sentence_transformers, torch, xllamacpp
 import rag_local_ollama as rag
 rag.BLOCK = 10
-print(0, flush=True)
-for line in sys.stdin:
-    order, given = json.loads(line)
-    if order == "wait":
-        pid, status = os.waitpid(given, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    pid = os.fork()
-    if not pid:
-        os.environ.update(given["env"])
-        for stream, name in ((1, given["out"]), (2, given["err"])):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-        sys.exit(rag.main(given["args"]))  # and a whole end of the interpreter after it
-    print(pid, flush=True)
 """
-
-
-class Nursery:
-    """Processes that run main, forked from one that has made the imports.
-
-    It makes them beside the first tests. They index in blocks of 10 chunks.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.errs, self.ready = folder, {}, False
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            env=environment({"HF_HUB_OFFLINE": "1"}),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def order(self, what, given):
-        assert self.process.stdin
-        assert self.process.stdout
-        if not self.ready:
-            self.ready = self.process.stdout.readline() == "0\n"
-        self.process.stdin.write(json.dumps([what, given]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, *args, err=None):
-        """Start a run; its process id. `err`: a file or a terminal for its stderr."""
-        place = self.folder / str(len(self.errs))
-        err = Path(err or f"{place}.err")
-        env = {name: value for name, value in os.environ.items() if name.startswith("OLLAMA_")}
-        given = {"args": [*map(str, args)], "env": env, "out": f"{place}.out", "err": str(err)}
-        pid = self.order("start", given)
-        self.errs[pid] = err
-        return pid
-
-    def err(self, pid):
-        return self.errs[pid].read_text() if self.errs[pid].exists() else ""
-
-    def wait(self, pid, seconds=120):
-        """Wait for a run: its exit code. One that hangs is killed."""
-        killer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
-        killer.start()
-        code = self.order("wait", pid)
-        killer.cancel()
-        return code
 
 
 @pytest.fixture(scope="module", autouse=True)
 def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    """Forks runs that index in blocks of 10 chunks; makes its imports beside the first tests."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), SETUP)
     yield nursery
-    nursery.process.communicate()
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+    nursery.close()
 
 
 # --- in this process -----------------------------------------------------------------------------
@@ -177,15 +108,6 @@ def wire():
     client.event_hooks = {"request": [keep], "response": []}
     yield bodies
     client.event_hooks = {"request": [], "response": []}
-
-
-@pytest.fixture
-def notes(tmp_path):
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    for name in ("dam", "ferry", "honey"):
-        (folder / f"{name}.txt").write_text(f"The {name} of Aldermoor was praised in 1811.\n")
-    return folder
 
 
 def options(*args):
@@ -827,7 +749,7 @@ def test_a_run_that_is_killed_leaves_a_whole_index_and_is_resumed(ask, embedded,
         wait_for(lambda n=blocks: len([*kept.glob("block-*")]) > n or whole_now(kept))
         time.sleep(dice.random() * 0.06)
         os.kill(process, signal.SIGKILL)
-        kills += nursery.wait(process) != 0
+        kills += nursery.wait(process)[0] != 0
         blocks = len([*kept.glob("block-*.npz")])
         assert len(whole(kept).chunks) in (1, 200)
     assert kills >= 3, "the test kills too late"
@@ -849,25 +771,15 @@ def whole_now(folder):
 
 @pytest.mark.parametrize("args", [["--help"], ["--top-k", "0"], ["--docs", "/no/such", "x y"]])
 def test_help_and_errors_of_usage_import_nothing_heavy(args):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rag_local_ollama as rag\n"
-        f"try: rag.main({[*args, '--llm', 'embedded']!r})\n"
-        "except SystemExit: pass\n"
-        "print(*sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_light("rag_local_ollama", *args, "--llm", "embedded")
+    assert done.returncode == (0 if "--help" in args else 2), done.stderr
     assert "error: " in done.stderr or "uv run" in done.stdout
-    loaded = set(done.stderr.splitlines()[-1].split())
-    assert not {"torch", "sentence_transformers", "transformers", "xllamacpp"} & loaded
 
 
 def test_a_terminal_sees_no_bar_and_no_warning_of_a_library(nursery):
     main, terminal = os.openpty()
     process = nursery.start("--llm", "embedded", QUESTION, err=os.ttyname(terminal))
-    assert nursery.wait(process) == 0
+    assert nursery.wait(process)[0] == 0
     os.close(terminal)
     seen = b""
     try:
@@ -886,12 +798,12 @@ def test_a_terminal_sees_no_bar_and_no_warning_of_a_library(nursery):
 def test_ctrl_c_while_the_embedded_llm_answers_ends_at_once(nursery, prompts):
     questions = [f"{QUESTION[:-1]} number {n}?" for n in range(60)]
     process = nursery.start("--llm", "embedded", "--show-prompt", *questions)
-    wait_for(lambda: nursery.err(process).count('"grammar"') >= prompts)
+    wait_for(lambda: nursery.errors(process).count('"grammar"') >= prompts)
     time.sleep(0.1)
     os.kill(process, signal.SIGINT)
-    assert nursery.wait(process) == 130
-    assert nursery.err(process).count('"grammar"') < len(questions) / 2
-    assert not re.search("Traceback|Exception ignored|KeyboardInterrupt", nursery.err(process))
+    assert nursery.wait(process)[0] == 130
+    assert nursery.errors(process).count('"grammar"') < len(questions) / 2
+    assert not re.search("Traceback|Exception ignored|KeyboardInterrupt", nursery.errors(process))
 
 
 def test_ctrl_c_while_ollama_answers_ends_at_once(nursery, ollama):
@@ -899,8 +811,8 @@ def test_ctrl_c_while_ollama_answers_ends_at_once(nursery, ollama):
     process = nursery.start(QUESTION)
     wait_for(lambda: ollama.chat_requests)
     os.kill(process, signal.SIGINT)
-    assert nursery.wait(process) == 130
-    assert "Traceback" not in nursery.err(process)
+    assert nursery.wait(process)[0] == 130
+    assert "Traceback" not in nursery.errors(process)
 
 
 def test_the_script_runs_as_a_user_runs_it(run, samples):
