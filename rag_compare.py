@@ -572,9 +572,13 @@ def interval(values: list[float]) -> dict[str, float] | None:
 
 
 def normalize(text: str) -> str:
-    """Drop case, punctuation and articles as SQuAD's evaluation does, and citations."""
+    """Drop case, punctuation and articles as SQuAD's evaluation does, and citations.
+
+    Of a script that has no blanks between words, each character is a word.
+    """
     text = re.sub(r"\[\d+\??\]", " ", text.lower())
     text = re.sub(r"[^\w\s]|_", " ", text)  # a blank: "1911-14" holds 1911
+    text = re.sub("([\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f])", r" \1 ", text)  # Han, kana, Thai
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -801,7 +805,13 @@ class Report:
         self.troubles = tell_troubles(scripts)
         self.changes = changes_since(earlier, self.ran) if earlier else None
         self.told_changes = tell_changes(self.changes) if self.changes else []
-        self.notes = [f"{args.top_k} passages a question; in brackets 95 % intervals."]
+        labelled = sum(bool(question.relevant) for question in questions)
+        unanswerable = sum(question.relevant == [] for question in questions)
+        self.notes = [
+            f"{len(questions)} questions, {labelled} with the documents that answer them and "
+            f"{unanswerable} that none answers; {args.top_k} passages a question; in brackets "
+            "95 % intervals."
+        ]
         if any(script.figures["usd_per_1000"] for script in self.ran):
             self.notes.append(f"Built-in prices are of {PRICES_OF}.")
         self.notes += [f"Not known of any: {'; '.join(unknown)}."] if unknown else []
@@ -831,13 +841,14 @@ def save_run(folder: Path, asked: dict[str, Any], scripts: list[Script]) -> None
     (folder / "run.json").write_text(json.dumps(run, indent=2), "utf-8")
 
 
-def find_earlier(root: Path, asked: dict[str, Any]) -> Path | None:
-    """Find the newest run of the same questions and documents that --trace has kept."""
+def find_earlier(root: Path, asked: dict[str, Any], scripts: list[Script]) -> Path | None:
+    """Find the newest run that --trace has kept of any of the scripts, on the same questions."""
+    names = {script.name for script in scripts}
     for file in sorted(root.glob("*/run.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError):  # no run of ours
             run = EarlierRun.model_validate_json(file.read_text("utf-8") if file.is_file() else "")
             same = (run.digest, run.retrieve_only) == (asked["digest"], asked["retrieve_only"])
-            if same and any(script.status == "ok" for script in run.scripts):
+            if same and any(s.status == "ok" and s.name in names for s in run.scripts):
                 return file.parent
     return None
 
@@ -1044,7 +1055,7 @@ def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str
         if retrieve_only:
             key, unit = ("retrieve_ms_p50", "median milliseconds to the passages")
         points = [p for p in zip(names, figures, strict=True) if p[1][key] and p[1]["ndcg_at_10"]]
-        for (name, figure), color, marker in zip(points, COLORS * 9, "osD^vP" * 9, strict=False):
+        for (name, figure), color, marker in zip(points, COLORS * 9, "osD^vPX" * 9, strict=False):
             score = figure["ndcg_at_10"]
             spread = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
             style = {"color": color, "marker": marker, "markersize": 9, "capsize": 4}
@@ -1208,7 +1219,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
     asked |= {"digest": digest(questions, documents)}
     asked |= {"questions": [question.model_dump() for question in questions]}
     if args.trace:
-        earlier = find_earlier(args.trace, asked)
+        earlier = find_earlier(args.trace, asked, scripts)
         trace = args.trace / f"{started:%Y%m%dT%H%M%S%fZ}"
         trace.mkdir(parents=True)
         save_run(trace, asked, scripts)
@@ -1329,7 +1340,7 @@ summary { cursor: pointer; }
 <body>
 <main>
 <h1>RAG scripts side by side</h1>
-<p class="muted">{{ report.views|length }} questions. {{ report.notes|join(" ") }}
+<p class="muted">{{ report.notes|join(" ") }}
 "-": not known.</p>
 {% if report.troubles %}
 <h2>What did not work</h2>
