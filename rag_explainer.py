@@ -1624,6 +1624,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
         <th class="number">product</th></tr></thead>
       <tbody></tbody>
     </table></div>
+    <p id="summed" class="muted"></p>
     <p id="odds" role="status"></p>
     <div class="scroll" tabindex="0" role="region" aria-label="RAG and kNN-LM"><table>
       <thead><tr><td></td><th>RAG</th><th>kNN-LM</th></tr></thead>
@@ -2307,12 +2308,13 @@ function renderHits(maps, { columns, tokens }) {
     const map = maps.find((one) => one.name === name);
     return rows.filter((r) => alike(columns[strongest(map.rows[r])].text, tokens[r].text)).length;
   };
-  const sinks = heat.map.sink;
+  const sinks = heat.map.sink, hidden = columns.length - heat.shown.length;
   $("heat-sum").textContent = `Boxed in green: the word that was written, in the sentences. Of the `
     + `${rows.length} tokens that have one, the strongest column is that word for `
     + `${hits("all heads")} by the mean of all heads, for ${hits("copying")} by the copying heads, `
     + `and for ${hits(heat.choice)} by what you see. On the sink lie `
-    + `${percent(sum(sinks) / sinks.length)} of its attention, on average.`;
+    + `${percent(sum(sinks) / sinks.length)} of its attention, on average.`
+    + (hidden ? ` ${hidden} columns that get less than 2% in each row are left out.` : "");
 }
 function moveCursor(right, down) {
   const { answer, map, shown, cursor } = heat;
@@ -2330,9 +2332,12 @@ function moveCursor(right, down) {
 
 // ---- 8: the sum ----
 
+const SUMMED = 8; // sentences
 function renderSum() {
   const { on, likeness } = place();
-  const zs = on.slice(0, 8); // each costs a reading
+  const zs = on.slice(0, SUMMED);
+  $("summed").textContent = on.length > SUMMED
+    ? `Each sentence costs a reading: only the first ${SUMMED} of ${on.length} are summed up.` : "";
   const answer = answerFor(on);
   if (seen("s8")) want(answer);
   $("temperature").value = Math.log10(state.temperature);
