@@ -1769,8 +1769,8 @@ def add_backend_arguments(add: Callable[..., Any]) -> None:
     """Add the options that only this script has."""
     add("--chroma-url", metavar="URL", help="a server for the store: http://host:8000, or cloud")
     add("--chunker", choices=CHUNKERS, default="recursive", help="how to split (%(default)s)")
-    add("--chunk-tokens", type=int, default=CHUNK_TOKENS, metavar="N", help="of a chunk, at most")
-    add("--chunk-overlap", type=int, default=CHUNK_OVERLAP, metavar="N", help="of two neighbours")
+    add("--chunk-tokens", type=int, default=CHUNK_TOKENS, metavar="N", help="at most (%(default)s)")
+    add("--chunk-overlap", type=int, default=CHUNK_OVERLAP, metavar="N", help="alike (%(default)s)")
     add("--retriever", choices=("hybrid", "dense", "bm25"), default="hybrid", help="%(default)s")
     add("--expand", type=int, default=0, metavar="N", help="search with N paraphrases too")
     add("--reranker", choices=RERANKERS, default="maxsim", help="%(default)s")
@@ -2318,13 +2318,15 @@ async function* serverEvents(response) {
   }
 }
 
+const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
+
 async function checkReady() {
   try {
     const response = await api("/readyz");
     if (response.status === 503) throw new Error("loading the index ...");
     const { model, llm, chunks } = await json(response);
     const hint = llm === "embedded" ? " (a tiny stand-in: read the passages)" : "";
-    $("status").textContent = `${model}${hint}, ${chunks} chunks`;
+    $("status").textContent = `${model}${hint}, ${count(chunks, "chunk")}`;
     $("send").disabled = false;
   } catch (error) {
     $("status").textContent = error.message;
@@ -2539,7 +2541,7 @@ async function listDocuments() {
       return `Removed ${source}.`;
     }));
     remove.ariaLabel = `Remove ${source}`;
-    const size = [`${chunks} chunks`, pages && `${pages} pages`, uploaded && "uploaded"];
+    const size = [count(chunks, "chunk"), pages && count(pages, "page"), uploaded && "uploaded"];
     const facts = make("p", { className: "muted" }, size.filter(Boolean).join(", "));
     return make("li", { className: "row" }, make("div", {}, source, facts), remove);
   });
@@ -2568,7 +2570,7 @@ async function addFiles(files) {
       const body = new FormData();
       body.append("file", file);
       const done = await json(await api("/documents", { method: "POST", body }));
-      return `Added ${done.source}: ${done.chunks} chunks, ${done.added} of them new.`;
+      return `Added ${done.source}: ${count(done.chunks, "chunk")}, ${done.added} new.`;
     });
   }
 }
