@@ -372,7 +372,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def judge(code: int, errors: list[str]) -> tuple[str, str | None]:
     """Say what an exit code means: the status, and the script's own last words as the reason."""
-    said = cut(errors[-1], 300) if errors else ""
+    said = cut(errors[-1].removeprefix("error: "), 300) if errors else ""
     if code == 0:
         return "ok", None
     number = code - 128 if code > 128 else -code  # uv reports its child's signal as a shell does

@@ -365,7 +365,7 @@ def test_a_script_that_goes_wrong_says_so_and_does_not_stop_the_others(
 def test_a_script_that_lacks_a_key_is_a_line_that_says_why(compare):
     text = compare("fake.py --mode no-key", "fake.py")
     folded = " ".join(text.split())
-    assert "can't run here: error: NO_KEY is not set: export NO_KEY=..." in folded
+    assert "can't run here: NO_KEY is not set: export NO_KEY=..." in folded
     assert "Traceback" not in text
     alone = compare("fake.py --mode no-key", code=2)
     assert "NO_KEY" in alone
