@@ -349,23 +349,40 @@ def connect(url: str | None) -> Any:
         raise Failure(f"no Chroma server answers at {url}: {hint} ({error})") from error
 
 
+OPEN: dict[Path, tuple[Any, Any]] = {}  # folders whose Chroma is open, each with its `state`
+
+
+def state(folder: Path) -> tuple[int, bytes] | None:
+    """What each write to a folder's database changes: SQLite's header holds a counter of them."""
+    database = folder / "chroma.sqlite3"
+    if not database.exists():
+        return None
+    with database.open("rb") as file:
+        return os.fstat(file.fileno()).st_ino, file.read(100)
+
+
 @contextmanager
 def opened(
     args: argparse.Namespace, name: str, new: dict[str, Any] | None = None
 ) -> Generator[Any]:
     """Open a collection, made with the metadata `new` if given. Yields None where there is none.
 
-    A folder is opened anew each time, and by one program at a time, only as long as its block runs:
-    Chroma keeps parts of it in memory, and does not see what another program changes there.
+    One program at a time uses a folder, only as long as its block runs. Chroma keeps parts of it in
+    memory, and does not see what another program writes there: after that it is opened anew.
     """
     import chromadb
     from chromadb.errors import InternalError, NotFoundError
 
-    folder, chroma = args.index, None
+    folder = args.index and args.index.absolute()
     with FileLock(folder / ".access", timeout=60) if folder else nullcontext():
+        chroma, seen = OPEN.pop(folder, (None, None))
         try:
+            if chroma and seen != state(folder):
+                chroma.close()
+                chroma = None
             settings = chromadb.Settings(anonymized_telemetry=False)
-            chroma = chromadb.PersistentClient(folder, settings) if folder else None
+            if folder and not chroma:
+                chroma = chromadb.PersistentClient(folder, settings)
             chosen: Any = chroma or connect(args.chroma_url)
             if new:
                 space = {"hnsw": {"space": "cosine"}}
@@ -377,14 +394,16 @@ def opened(
             except NotFoundError:
                 collection = None
             yield collection
+            if folder:
+                OPEN[folder] = chroma, state(folder)
         except InternalError as error:
             if not folder:
                 raise
             hint = "make room and try again, or remove it and index again"
             raise Failure(f"{folder} is damaged or can't be written: {hint} ({error})") from error
         finally:
-            if chroma:
-                chroma.close()  # ty: ignore[missing-attribute]
+            if chroma and folder not in OPEN:
+                chroma.close()  # ty: ignore[missing-union-attribute]
 
 
 def is_ours(folder: Path) -> bool:

@@ -119,17 +119,11 @@ def passages(out: str) -> list[dict[str, Any]]:
 
 def everything(place: Path) -> list[tuple[str, str]]:
     """All the rows that the index in a folder shows, as (text, source)."""
-    import chromadb
-
-    client: Any = chromadb.PersistentClient(place)
-    try:
-        collection = client.get_collection(rag.COLLECTION, embedding_function=None)
+    with rag.opened(rag.parse_arguments(["--index", str(place)]), rag.COLLECTION) as collection:
         version = collection.metadata["version"]
         rows = collection.get()
-        pairs = zip(rows["documents"], rows["metadatas"], strict=True)
-        return [(t, m["source"]) for t, m in pairs if m["since"] <= version < m["until"]]
-    finally:
-        client.close()
+    pairs = zip(rows["documents"], rows["metadatas"], strict=True)
+    return [(t, m["source"]) for t, m in pairs if m["since"] <= version < m["until"]]
 
 
 def test_the_demonstration_answers_with_sources_and_refuses_the_last_question(
@@ -345,6 +339,30 @@ def test_whoever_asks_during_an_update_sees_the_old_version_or_the_new(
     texts = [text for text, _ in everything(tmp_path / "rag")]
     assert len(texts) == len(set(texts)) == 240
     assert not any(" old " in text for text in texts)
+
+
+def test_a_folder_stays_open_until_another_program_writes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: Callable[..., int],
+    end: Callable[[int], tuple[int, str, str]],
+) -> None:
+    import chromadb
+
+    opened, real = [], chromadb.PersistentClient
+    monkeypatch.setattr(chromadb, "PersistentClient", lambda *a: opened.append(1) or real(*a))
+    place, docs = tmp_path / "rag", tmp_path / "docs"
+    docs.mkdir()
+    args = rag.parse_arguments(["--index", str(place), "--top-k", "1", "--retrieve-only"])
+    for version in range(3):
+        (docs / "a.txt").write_text(f"This is version {version}.")
+        assert end(fast("--index", place, "--docs", docs, "x"))[0] == 0
+        for _ in range(3):
+            index = rag.load_index(args)
+            assert index
+            [hit] = rag.retrieve("Which version is this?", index, args)
+            assert hit.chunk.text == f"This is version {version}."
+        assert len(opened) == version + 1
 
 
 def test_a_server_that_does_not_answer_is_one_line_that_says_how_to_start_one(
