@@ -495,6 +495,7 @@ async def sizes_of(urls: list[str]) -> list[int]:
         return await asyncio.gather(*map(size, urls))
 
 
+@functools.cache  # several variants may be of one script
 def download_megabytes(script: Path) -> float | None:
     """Megabytes of the packages that a script's first run takes here; None where it is not known.
 
@@ -663,6 +664,7 @@ def work_out(
     timed = [(s, r.seconds.first_token, r.seconds.generate) for s, r in settled if r.answer]
     spent = middle([(s or 0) + (r.seconds.generate or 0) for s, r in settled if not r.error])
     whole = [total(search, generate) for search, _, generate in timed]
+    asked = [] if retrieve_only else records  # of an LLM
     used = [r.usage for r in records if r.usage]
     # A refusal that asked no LLM cost nothing.
     priced = [
@@ -697,7 +699,7 @@ def work_out(
         "chunks": script.chunks,
         "chunks_per_s": indexing_rate(script),
         "warm_start_s": warm_start if warm_start and warm_start > 0 else None,
-        "llm": ", ".join(sorted({r.model for r in records if r.model})) or None,
+        "llm": ", ".join(sorted({r.model for r in asked if r.model})) or None,
         "embedder": ", ".join(sorted({r.embed_model for r in records if r.embed_model})) or None,
         "download_mb": script.download,
         "lines_of_code": source.source_count if source.is_countable else None,
@@ -758,7 +760,7 @@ def side_by_side(scripts: list[Script], questions: list[Question]) -> list[dict[
     """
     views = []
     for place, question in enumerate(questions):
-        asked = [(s.name, s.records[place]) for s in scripts if place < len(s.records)]
+        asked = [(short(s.name), s.records[place]) for s in scripts if place < len(s.records)]
         found = [shingles([passage.text for passage in r.sources]) for _, r in asked]
         answers = []
         for name, record in asked:
@@ -790,7 +792,7 @@ class Report:
         self.ran = [script for script in scripts if script.records]
         for script in self.ran:
             script.figures = work_out(script, questions, prices, args.retrieve_only)
-        self.names = [script.name for script in self.ran]
+        self.names = [short(script.name) for script in self.ran]
         self.rows: list[tuple[str, list[str]]] = []
         unknown = []
         for label, keys in ROWS.items():
@@ -814,7 +816,8 @@ class Report:
         ]
         if any(script.figures["usd_per_1000"] for script in self.ran):
             self.notes.append(f"Built-in prices are of {PRICES_OF}.")
-        self.notes += [f"Not known of any: {'; '.join(unknown)}."] if unknown else []
+        if unknown and not args.retrieve_only:
+            self.notes.append(f"Not known of any: {'; '.join(unknown)}.")
 
 
 # --- earlier runs ---------------------------------------------------------------------------------
@@ -956,7 +959,7 @@ def show(report: Report, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    heads = [short(script.name) for script in report.ran]
+    heads = report.names
     fitting = max(1, (console.width - 26) // 17)  # columns beside the labels
     parts = -(-len(heads) // fitting)
     fitting = -(-len(heads) // max(1, parts))  # as many in each table
@@ -964,7 +967,8 @@ def show(report: Report, console: Any) -> None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column(no_wrap=True)
         for head in heads[start : start + fitting]:
-            table.add_column(Text(head.replace("_", "_\n")), justify="right", max_width=15)
+            title = Text(head.replace("_", "_\n"))
+            table.add_column(title, justify="right", max_width=15, overflow="fold")
         for label, cells in report.rows:
             shown = [Text(text.replace(" (", "\n(")) for text in cells[start:][:fitting]]
             table.add_row(label, *shown)
@@ -991,7 +995,7 @@ def show(report: Report, console: Any) -> None:
                 if passage["differs"]:
                     body.append(f"not all have: {cut(passage['text'], 90)}\n", style="yellow")
             body.rstrip()
-            panels.append(Panel(body, title=Text(short(answer["name"])), title_align="left"))
+            panels.append(Panel(body, title=Text(answer["name"]), title_align="left"))
         console.print(
             Columns(
                 panels,
@@ -1030,12 +1034,15 @@ def draw(plot: Callable[[Any], bool], height: float, title: str) -> str | None:
 
 def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str | None]]:
     """Draw what people ask for: quality against time, where time goes, first token, cost."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     names = [textwrap.fill(short(script.name), 16) for script in scripts]
     figures, places = [script.figures for script in scripts], range(len(scripts))
 
     def bars(axes: Any, keys: dict[str, str], unit: str) -> bool:
         left = [0.0] * len(names)
-        for (key, label), color, hatch in zip(keys.items(), COLORS, HATCHES, strict=False):
+        known = {key: label for key, label in keys.items() if any(f[key] for f in figures)}
+        for (key, label), color, hatch in zip(known.items(), COLORS, HATCHES, strict=False):
             row = [figure[key] or 0.0 for figure in figures]
             axes.barh(places, row, left=left, color=color, hatch=hatch, label=label)
             left = [a + b for a, b in zip(left, row, strict=True)]
@@ -1046,7 +1053,7 @@ def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str
         axes.margins(x=0.2)
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(unit)
-        if len(keys) > 1:
+        if len(known) > 1:
             axes.figure.legend(frameon=False, loc="outside lower center", ncols=3)
         return any(left)
 
@@ -1062,9 +1069,12 @@ def draw_plots(scripts: list[Script], retrieve_only: bool) -> list[dict[str, str
             axes.errorbar(figure[key], score["mean"], spread, label=name, linestyle="", **style)
         axes.set_xlabel(unit)
         axes.set_ylabel("nDCG@10")
-        axes.set_ylim(-0.05, 1.05)
-        axes.locator_params(axis="x", nbins=4)
-        axes.set_xlim(0, 1.15 * max((figure[key] for _, figure in points), default=1))
+        axes.set_ylim(top=1.02)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.figure.legend(frameon=False, loc="outside lower center", ncols=2)
         return bool(points)
 
@@ -1242,7 +1252,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         code = code or 2
     if args.json:
         told = [summary(s) | {"records": [r.model_dump() for r in s.records]} for s in scripts]
-        overlap = {"names": report.names, "overlap": report.overlap}
+        overlap = {"names": [s.name for s in report.ran], "overlap": report.overlap}
         found = {"scripts": told, "agreement": overlap, "changes": report.changes}
         print(json.dumps(asked | found), flush=True)
     else:
@@ -1371,14 +1381,10 @@ summary { cursor: pointer; }
 {{ table("Figures", ["Figure"], report.rows) }}
 <h2>Plots</h2>
 <div class="plots">
-{% for plot in plots %}
+{% for plot in plots if plot.svg %}
 <figure>
 <figcaption><strong>{{ plot.title }}</strong><p class="muted">{{ plot.caption }}</p></figcaption>
-{% if plot.svg %}
 {{ plot.svg|safe }}
-{% else %}
-<p>Left out: no script has the figures for it.</p>
-{% endif %}
 </figure>
 {% endfor %}
 </div>

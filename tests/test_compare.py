@@ -288,6 +288,7 @@ def test_the_download_is_that_of_the_wheels_for_this_machine(files, sizes, monke
     monkeypatch.setattr(rag.subprocess, "run", lambda *_, **__: done)
     assert rag.download_megabytes(Path("fake.py")) == 1.5
     done.stdout = lock(sizes, ("gone", "python_version >= '3'", [here])).encode()
+    rag.download_megabytes.cache_clear()
     assert rag.download_megabytes(Path("fake.py")) is None
 
 
