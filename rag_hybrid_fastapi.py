@@ -1241,8 +1241,10 @@ async def generate(
         request = embedded_request(question, text)
         system, *messages = request.pop("messages")
         async for piece in stream(system["content"], messages, args, **request):
-            yield piece if isinstance(piece, str) else " [1]"
-        yield Stop("stop", None)
+            if isinstance(piece, Stop):
+                yield " [1]"
+                piece = Stop("stop", piece.tokens)
+            yield piece
     else:
         prompt = build_prompt(question, sent)
         async for piece in stream(
@@ -1400,6 +1402,7 @@ async def answer(
         clock.lap("generate")
         # Checks that the prompt was not cut, and that there is an answer.
         said = " ".join(m["content"] for m in history) + "".join(c.chunk.text for c in sent)
+        said = "" if args.llm == "embedded" else said  # which reads the best passage alone
         text, usage = check_answer(text, stop.reason, stop.tokens, said)
         marked, unknown = check_citations(text, len(sent))
         refused = marked.replace("\u2019", "'").startswith(REFUSAL)

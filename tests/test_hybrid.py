@@ -986,7 +986,9 @@ def test_where_there_is_neither_the_embedded_llm_answers_and_says_so(ask):
     words = set(re.findall(r"\w+", f"{rag.SAMPLES[1]} {rag.FUNCTION_WORDS} {QUESTION} 1".lower()))
     assert set(re.findall(r"\w+", told[0]["answer"].lower())) <= words
     assert told[0]["answer"].endswith(" [1]")
+    assert told[0]["usage"]["input_tokens"] > 100
     assert told[1]["refused"]
+    assert told[1]["usage"] is None
     assert told[2]["answer"].startswith("Hello!")
 
 
