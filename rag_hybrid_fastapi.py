@@ -225,12 +225,12 @@ def read_pages(file: Path) -> list[str]:
     from bs4 import BeautifulSoup, UnicodeDammit
 
     kind = file.suffix.lower()
+    if not file.is_file():
+        raise ValueError("it is no file")
     if kind == ".pdf":
         return [page.extract_text() for page in pypdf.PdfReader(file).pages]
     if kind == ".docx":
         return [docx2txt.process(file)]
-    if not file.is_file():
-        raise ValueError("it is no file")
     if kind not in KINDS:
         raise ValueError(f"its kind is none of {' '.join(KINDS)}")
     # UTF-8, or what a byte order mark or an HTML page declares, or else the old Windows encoding.

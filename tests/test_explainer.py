@@ -340,8 +340,21 @@ def test_an_answer_is_told_token_by_token(llm):
     assert attention["maps"][-5:] == [f"layer {at}, head {n}" for at, n in rag.COPY_HEADS]
     maps, rows, columns = attention["shape"]
     assert (maps, rows, columns) == (36, len(told["tokens"]), len(told["columns"]))
-    assert len(base64.b64decode(attention["shares"])) == maps * rows * columns
-    assert len(base64.b64decode(attention["sink"])) == maps * rows
+    shares = unpack(attention["shares"]).reshape(attention["shape"])
+    sink = unpack(attention["sink"]).reshape(maps, rows)
+    # Shares of the same attention, rounded no further than a page can show.
+    prompt = rag.tokenize("What seals the pot of Tarvish stew?", sentences, llm)
+    answer = [token["id"] for token in told["tokens"]]
+    _, seen, _ = llm.read([*prompt[0], *answer[:-1]], rows=rows)
+    assert np.abs(sink[0] - seen[..., 0].mean((0, 1))).max() < 1e-4
+    words = rag.spell(prompt[0], llm)
+    owned = [n for n, owner in enumerate(prompt[1]) if owner >= 0 and words[n].strip()]
+    assert np.abs(shares[0] - seen[..., owned].mean((0, 1))).max() < 1e-4
+    assert (shares[0].argmax(1) == seen[..., owned].mean((0, 1)).argmax(1)).all()
+
+
+def unpack(text: str) -> Any:
+    return np.frombuffer(base64.b64decode(text), "<u2") / 65_535
 
 
 def test_without_sentences_both_probabilities_are_one(llm):
@@ -417,7 +430,7 @@ def test_documents_are_split_into_sentences():
     text = "# Title\n\nOne is\nhere. Two! Is it three?\n- a list\n- of two\n\n---\n\nOne is here."
     found = rag.split_sentences([rag.Document(text, "a.md"), rag.Document("猫。犬。", "b.md")])
     assert found == [
-        "# Title",
+        "Title",
         "One is here.",
         "Two!",
         "Is it three?",
@@ -426,6 +439,9 @@ def test_documents_are_split_into_sentences():
         "猫。",
         "犬。",
     ]
+    bees = "# Bees\nIt came from Mr. Lind, e.g. by cart. Dr. Ash knew.\n## Hives\nFour."
+    told = ["Bees", "It came from Mr. Lind, e.g. by cart.", "Dr. Ash knew.", "Hives", "Four."]
+    assert rag.split_sentences([rag.Document(bees, "bees.md")]) == told
     words = " ".join(f"word{n}" for n in range(200))
     long = rag.split_sentences([rag.Document(words, "c.txt")])
     assert max(map(len, long)) <= rag.MAX_SENTENCE

@@ -317,8 +317,8 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     # The sum: its terms add up, and temperature moves the trust.
     show(page, 8)
     rows = page.locator("#sum tbody tr")
-    expect(rows).to_have_count(4, timeout=SLOW)
-    expect(page.locator("#odds")).to_contain_text("times as likely as without")
+    expect(rows).to_have_count(5, timeout=SLOW)
+    expect(page.locator("#odds")).to_contain_text("times as likely as after the question")
     priors = [float(row.locator("td").nth(1).inner_text()) for row in rows.all()[:2]]
     assert sum(priors) == pytest.approx(1, abs=0.002)
     slide(page.locator("#temperature"), "End")
@@ -331,6 +331,34 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     show(page, 6)
     expect(helped.locator(".verdict")).to_have_text("✗ Wrong: it is “19 hours”.", timeout=SLOW)
     assert words(helped) != whole
+
+
+def test_an_empty_answer_is_said_and_the_next_one_comes(page):
+    told = {"answer": "", "stopped": "end", "prompt": "", "columns": [{"text": "a", "sentence": 0}]}
+    told |= {"attention": {"maps": [], "shape": [0, 0, 0], "shares": "", "sink": ""}}
+    body = "".join(f"event: {name}\ndata: {json.dumps(told)}\n\n" for name in ("prompt", "done"))
+    page.route("**/generate", lambda route: route.fulfill(body=body))
+    show(page, 7)
+    expect(page.locator("#heat-told")).to_have_text("It wrote nothing.")
+    show(page, 8)
+    expect(page.locator("#odds")).to_have_text("It wrote nothing.")
+    page.unroute("**/generate")
+    page.select_option("#question", index=1)
+    show(page, 7)
+    expect(page.locator("#heat-sum")).to_contain_text("by the copying heads", timeout=SLOW)
+
+
+def test_a_late_place_of_a_typed_question_does_not_pull_the_reader_back(page):
+    held = []
+    page.route("**/embed", held.append)
+    page.fill("#typed", "What do people put into stew?")
+    page.press("#typed", "Enter")
+    page.select_option("#domain", label="medicine")
+    with page.expect_response("**/embed"):
+        held[0].continue_()
+    page.unroute("**/embed")
+    expect(page.locator("#domain option:checked")).to_have_text("medicine")
+    expect(page.locator("#question option")).to_have_count(5)
 
 
 LESSONS = ["The wrong texts", "k too large", "Redundant documents", "Two hops"]
@@ -385,7 +413,7 @@ def test_an_export_works_without_a_network_at_every_width(browser, exported, wid
     expect(bare.locator(".verdict")).to_contain_text("✗ Wrong")
     expect(helped.locator(".verdict")).to_have_text("✓ Right.")
     show(page, 8)
-    expect(page.locator("#sum tbody tr")).to_have_count(4)
+    expect(page.locator("#sum tbody tr")).to_have_count(5)
     before = order(page)
     drag(page, 0.5, 0.0)
     assert order(page) != before
