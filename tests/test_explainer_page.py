@@ -334,12 +334,17 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
 
 
 def test_an_empty_answer_is_said_and_the_next_one_comes(page):
-    told = {"answer": "", "stopped": "end", "prompt": "", "columns": [{"text": "a", "sentence": 0}]}
+    told: dict[str, Any] = {
+        "answer": "",
+        "stopped": "end",
+        "prompt": "",
+        "columns": [{"text": "a", "sentence": 0}],
+    }
     told |= {"attention": {"maps": [], "shape": [0, 0, 0], "shares": "", "sink": ""}}
     body = "".join(f"event: {name}\ndata: {json.dumps(told)}\n\n" for name in ("prompt", "done"))
     page.route("**/generate", lambda route: route.fulfill(body=body))
     show(page, 7)
-    expect(page.locator("#heat-told")).to_have_text("It wrote nothing.")
+    expect(page.locator("#heat-told")).to_have_text("It wrote nothing.", timeout=SLOW)
     show(page, 8)
     expect(page.locator("#odds")).to_have_text("It wrote nothing.")
     page.unroute("**/generate")
@@ -350,7 +355,7 @@ def test_an_empty_answer_is_said_and_the_next_one_comes(page):
 
 def test_a_late_place_of_a_typed_question_does_not_pull_the_reader_back(page):
     held = []
-    page.route("**/embed", held.append)
+    page.route("**/embed", lambda route: held.append(route))
     page.fill("#typed", "What do people put into stew?")
     page.press("#typed", "Enter")
     page.select_option("#domain", label="medicine")
