@@ -1351,7 +1351,7 @@ svg { display: block; }
 .lit .dot { fill: var(--accent); }
 .found .dot { fill: var(--accent); }
 .true, .false, .near { stroke-width: calc(2px * var(--unit)); }
-.true { stroke: var(--line); }
+.true { stroke: var(--edge); }
 .false { stroke: var(--bad); stroke-dasharray: 5 4; }
 .near { stroke: var(--accent); }
 .map .seen-as { fill: var(--accent); font-weight: 600; }
@@ -2408,8 +2408,8 @@ function renderHits(maps, { columns, tokens }) {
   $("heat-sum").textContent = "The darker, the larger the share. Boxed in green: the word that was "
     + `written, in the sentences. Of the ${rows.length} tokens that have one, the strongest column `
     + `is that word for ${hits("all heads")} by the mean of all heads and for ${hits("copying")} `
-    + `by the copying heads${other}. On the sink lie ${percent(sum(sinks) / sinks.length)} of the `
-    + "attention that is drawn here, on average."
+    + `by the copying heads${other}. On average what you see leaves out the `
+    + `${percent(sum(sinks) / sinks.length)} that lie on the sink.`
     + (hidden ? ` ${hidden} columns that get less than 2% in each row are left out.` : "");
 }
 function moveCursor(right, down) {
