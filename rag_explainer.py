@@ -635,9 +635,8 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
     yield "prompt", {"prompt": llm.tokenizer.decode(tokens), "columns": columns}
     answer, rows, stopped = [], [], "length"
     scores, seen, cache = llm.read(tokens)
-    bare_scores, _, bare_cache = llm.read(tokenize(question, [], llm)[0])
     while len(answer) < MAX_ANSWER:
-        p, bare_p = softmax(scores[-1]), softmax(bare_scores[-1])
+        p, bare_p = softmax(scores[-1]), read_alone(question, tuple(answer), llm)[0]
         token = int(p.argmax())
         text = spell([*answer, token], llm)[-1]
         if token in llm.ends or "\n" in text:
@@ -652,9 +651,22 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
         told = (float(p[token]), float(bare_p[token]), float(share), bool(copied))
         yield "token", asdict(Token(token, text, *told))
         scores, seen, cache = llm.read([token], cache)
-        bare_scores, _, bare_cache = llm.read([token], bare_cache)
     text = llm.tokenizer.decode(answer).strip()
     yield "done", {"answer": text, "stopped": stopped, "attention": pack(rows)}
+
+
+@functools.lru_cache(maxsize=32)  # 3 MB each
+def read_alone(question: str, answer: tuple[int, ...], llm: SmolLM) -> tuple[Array, Cache]:
+    """Read a question without sentences, and the beginning of an answer.
+
+    Returns the probabilities of what comes next, (49152,), and the cache. Both are kept: with other
+    sentences an answer often has the same words.
+    """
+    if answer:
+        scores, _, cache = llm.read([answer[-1]], read_alone(question, answer[:-1], llm)[1])
+    else:
+        scores, _, cache = llm.read(tokenize(question, [], llm)[0])
+    return softmax(scores[-1]), cache
 
 
 def alike(word: str, text: str) -> bool:
@@ -870,7 +882,7 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
         "mmr": (mmr,),
         "build_prompt": (build_prompt,),
         "tokenize": (tokenize,),
-        "generate": (generate,),
+        "generate": (generate, read_alone),
         "attention": (attention_maps, pack),
         "marginal": (marginal, log_likelihoods),
         "failures": (choices, scenes),

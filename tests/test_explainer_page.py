@@ -19,10 +19,7 @@ from threadpoolctl import threadpool_limits
 
 import rag_explainer as rag
 
-pytestmark = [
-    pytest.mark.slow,
-    needs_chromium,
-]
+pytestmark = needs_chromium
 
 TITLE = "Retrieval-augmented generation, explained"
 HOSTILE = (
@@ -275,6 +272,7 @@ def words(lane: Locator) -> list[str]:
     return lane.locator("li:not(.later) .word").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     section = show(page, 6)
     bare, helped = section.locator(".lane").all()
@@ -369,6 +367,7 @@ def test_a_late_place_of_a_typed_question_does_not_pull_the_reader_back(page):
 LESSONS = ["The wrong texts", "k too large", "Redundant documents", "Two hops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", LESSONS)
 def test_each_failure_happens_and_is_mended(page, title):
     show(page, 9)
