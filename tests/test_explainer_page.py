@@ -405,6 +405,7 @@ def test_hostile_documents_and_questions_are_text(browser, url):
 # --- the export ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 820, 1440])
 def test_an_export_works_without_a_network_at_every_width(browser, exported, width):
     size = {"width": width, "height": 800}
@@ -434,6 +435,7 @@ def test_an_export_works_without_a_network_at_every_width(browser, exported, wid
     assert visit.asked == [exported]
 
 
+@pytest.mark.slow
 def test_what_an_export_has_no_answer_for_is_said(browser, exported):
     visit = Visit(browser, exported, offline=True)
     slide(visit.page.locator("#k"), "ArrowRight")
@@ -445,6 +447,7 @@ def test_what_an_export_has_no_answer_for_is_said(browser, exported):
     visit.end()
 
 
+@pytest.mark.slow
 def test_the_first_paint_comes_soon_and_nothing_shifts(browser, exported):
     visit = Visit(browser, exported, offline=True)
     page = visit.page
@@ -467,6 +470,7 @@ def test_the_first_paint_comes_soon_and_nothing_shifts(browser, exported):
 # --- for everybody -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tour_leads_through_eight_steps(browser, exported):
     visit = Visit(browser, exported, offline=True, reduced_motion="reduce")
     page = visit.page
@@ -497,6 +501,7 @@ def test_each_section_is_short_and_shows_the_python_behind_it(page, data):
     assert page.locator("#model").text_content() == data["code"]["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_in_either_look(browser, exported, scheme):
     from axe_playwright_python.sync_playwright import Axe
@@ -515,6 +520,7 @@ def test_axe_finds_nothing_in_either_look(browser, exported, scheme):
     visit.end()
 
 
+@pytest.mark.slow
 def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(browser, exported):
     visit = Visit(browser, exported, reduced_motion="reduce")
     page = visit.page
