@@ -116,7 +116,7 @@ REJECTED = [
     ("gpt", 400, {"reasoning_effort": "low"}),
     ("gpt", 400, {"stream_options": {"include_usage": True}}),
     ("gpt", 401, {"extra_headers": {"authorization": "Bearer sk-ant-x"}}),
-    ("claude", 400, {"messages": [says("x", "system"), says("x")]}),
+    ("claude", 400, {"messages": [says("x"), says("x", "system"), says("x")]}),
     ("claude", 400, {"messages": [says("x", "assistant"), says("x")]}),
     ("claude", 400, {"messages": [says("x"), says("{", "assistant")]}),
     ("claude", 400, {"extra_body": {"max_tokens": None}}),
