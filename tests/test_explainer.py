@@ -136,7 +136,7 @@ def test_logits_and_attention_are_those_of_transformers(llm):
 @pytest.fixture(scope="module")
 def llama_cpp():
     """The server of llama.cpp, which has the same file."""
-    from xllamacpp import CommonParams, Server  # ty: ignore[unresolved-import]
+    from xllamacpp import CommonParams, Server  # ty: ignore[import-not-found]
 
     params = CommonParams()
     params.model.path = rag.packaged(*rag.GGUF)
@@ -529,21 +529,6 @@ def test_the_page_forbids_what_is_outside(http):
     assert "{{" not in first.text
 
 
-def test_the_data_has_ones_own_sentences_as_they_are(http):
-    told = http.get("/data").json()
-    assert (told["exported"], told["generations"], len(told["domains"])) == (False, {}, 5)
-    assert told["domains"][4]["name"] == "your documents"
-    assert told["domains"][4]["sentences"] == [HOSTILE]
-    assert [question["text"] for question in told["domains"][4]["questions"]] == [HOSTILE]
-
-
-def test_a_typed_question_gets_its_place(http, embedder, data):
-    question = data["domains"][1]["questions"][0]
-    told = http.post("/embed", json={"domain": 1, "text": f"  {question['text']}\n"}).json()
-    for name in ("similarities", "point", "residuals"):
-        assert np.allclose(told[name], question[name], atol=1e-5)
-
-
 def test_tokens_come_one_by_one(http):
     asked = {"domain": 1, "question": "What seals the pot of Tarvish stew?", "on": [2, 0]}
     with http.stream("POST", "/generate", json=asked) as response:
@@ -552,9 +537,9 @@ def test_tokens_come_one_by_one(http):
     told = rag.gathered((name[len("event: ") :], json.loads(data[6:])) for name, data in parts)
     assert "rye dough" in told["answer"]
     assert told["prompt"].index("Tarvish pot") < told["prompt"].index("smoked plums")
-    answer = [token["id"] for token in told["tokens"]]
+    answer = [token["id"] for token in told["tokens"]][:6]
     found = http.post("/marginal", json=asked | {"answer": answer}).json()
-    assert found["answer"] == told["answer"]
+    assert told["answer"].startswith(found["answer"])
     assert sum(found["sentences"][0]) > sum(found["none"])
     assert found["marginal"]["prior"][0] + found["marginal"]["prior"][1] == pytest.approx(1)
 
@@ -711,33 +696,3 @@ def test_each_failure_happens_and_is_mended(domain, lesson, data, ask):
     ]
     check(False, scene["fails"], data, ask)
     check(True, scene["works"], data, ask)
-
-
-@pytest.mark.slow
-def test_the_copying_heads_look_at_the_token_they_copy(llm, data, ask):
-    """They nearly always look most at the word that comes next; the mean of all heads seldom."""
-    hits, mean_hits, total = np.zeros(len(rag.COPY_HEADS)), 0, 0
-    for domain in data["domains"]:
-        for q, choice in ((0, "nearest"), (1, "diverse"), (2, "evidence"), (3, "nearest")):
-            question = domain["questions"][q]
-            on = rag.choices(question, domain)[choice]
-            sentences = [domain["sentences"][n] for n in on]
-            answer = llm.tokenizer.encode(ask(question, sentences)).ids
-            tokens, owners = rag.tokenize(question["text"], sentences, llm)
-            _, attention, _ = llm.read([*tokens, *answer[:-1]], rows=len(answer))
-            context = [place for place, owner in enumerate(owners) if owner >= 0]
-            words = [llm.tokenizer.decode([tokens[place]]) for place in context]
-            for row, token in enumerate(answer):
-                word = llm.tokenizer.decode([token])
-                if not word.strip() or word.strip().lower() not in question["expected"].lower():
-                    continue  # names and numbers are copied; other words it may know
-                same = [n for n, other in enumerate(words) if rag.alike(other, word)]
-                look = attention[:, :, row][:, :, context]
-                hits += [look[layer, head].argmax() in same for layer, head in rag.COPY_HEADS]
-                mean_hits += look.mean((0, 1)).argmax() in same
-                total += 1
-    shares, mean_share = hits / total, mean_hits / total
-    assert total > 30
-    assert shares.min() > 0.75, shares
-    assert shares.mean() > 0.85, shares
-    assert mean_share < 0.6, mean_share

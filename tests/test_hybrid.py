@@ -104,31 +104,6 @@ def tokens(text):
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-# --- chunking ------------------------------------------------------------------------------------
-
-
-def split(text, *args, source="a.md"):
-    return rag.split_documents([rag.Document(text, source)], [], options("--retrieve-only", *args))
-
-
-@pytest.mark.parametrize("chunker", rag.CHUNKERS)
-def test_chunks_fit_the_embedder_and_lose_nothing(chunker):
-    odd = [
-        "Donaudampfschiff" * 90,
-        "a.b/c_" * 300,
-        "北方的灯塔在十月点亮。" * 60,
-        "🔥🦀 [SEP] straße",
-    ]
-    text = "\r\n\r\n".join([*odd, *rag.SAMPLES, "A pump lifts water to the pond. " * 60])
-    chunks = split(text, "--chunker", chunker, "--chunk-tokens", "100", "--chunk-overlap", "20")
-    held = set()
-    for chunk in chunks:
-        assert text[chunk.start : chunk.end] == chunk.text
-        assert tokens(chunk.text) <= 100
-        held.update(range(chunk.start, chunk.end))
-    assert not "".join(c for n, c in enumerate(text) if n not in held).strip()
-
-
 # --- the index -----------------------------------------------------------------------------------
 
 
@@ -233,24 +208,6 @@ def test_hybrid_finds_exact_words_that_the_embedder_does_not_know(pumps, questio
     [found] = [c for c in hits(pumps, question) if c.chunk.text == PUMPS[n]]
     assert found.ranks["bm25"] == 1
     assert found.ranks["final"] <= rag.TOP_K
-
-
-def test_fusion_adds_up_the_reciprocals_of_the_ranks():
-    # 1/61 + 1/63 for 7, 1/62 + 1/61 for 8, 1/63 for 9, 1/62 for 5: by hand.
-    assert rag.fuse([[7, 8, 9], [8, 5, 7]]) == [8, 7, 5, 9]
-    # Two third ranks (2/63) count for more than one first (1/61).
-    assert rag.fuse([[1, 2, 3], [4, 5, 3]])[0] == 3
-    assert rag.fuse([]) == rag.fuse([[], []]) == []
-
-
-@pytest.mark.parametrize("retriever", ["dense", "bm25", "hybrid"])
-def test_a_retriever_may_be_used_alone(pumps, retriever):
-    lists = {"dense", "bm25"} if retriever == "hybrid" else {retriever}
-    for question in ("the sieve of hall 7", "zzyzx quorx", "what is it that they are", "?"):
-        found = hits(pumps, question, retriever=retriever, reranker="none")
-        # Words that no passage has, and words that every text has, find nothing.
-        assert bool(found) == (retriever != "bm25" or "sieve" in question)
-        assert all(lists & {*c.ranks} and {*c.ranks} <= {*lists, "fused", "final"} for c in found)
 
 
 def test_scores_are_the_cosines_of_the_real_embeddings(pumps):

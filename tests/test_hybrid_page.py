@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from conftest import needs_chromium, served
 from fake_llm import FakeLLM
 from playwright.sync_api import expect
@@ -178,36 +179,25 @@ def test_an_llm_that_fails_is_told_and_the_next_question_works(page, fake):
     expect(ask(page, WHEEL).locator(".text")).to_contain_text("32")
 
 
-def test_it_can_be_used_by_keyboard_and_has_names_for_a_screen_reader(page):
+def test_it_can_be_used_by_keyboard(page):
     ask(page, "Who is the miller of Halden?")
     page.locator(".turn .cite").first.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#drawer-close")).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.locator(".turn .cite").first).to_be_focused()
-    unnamed = """[...document.querySelectorAll("button, textarea, input, dialog")].filter(
-        e => !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map(e => e.outerHTML)"""
-    assert page.evaluate(unnamed) == []
     expect(page.get_by_role("log", name="Conversation")).to_be_visible()
 
 
-def test_text_is_readable_in_both_looks(page):
-    contrast = """() => {
-        const light = color => {
-            const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
-                .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        const text = [getComputedStyle(document.body).color,
-                      getComputedStyle(document.querySelector(".muted")).color].map(light);
-        const ground = light(getComputedStyle(document.body).backgroundColor);
-        return text.map(t => (Math.max(t, ground) + 0.05) / (Math.min(t, ground) + 0.05));
-    }"""
+def test_axe_finds_nothing_in_either_look(page):
+    ask(page, "Who is the miller of Halden?")
     background = "getComputedStyle(document.body).backgroundColor"
-    assert min(page.evaluate(contrast)) >= 4.5
     before = page.evaluate(background)
+    for _ in range(2):
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        page.click("#look")
     page.click("#look")
     assert page.evaluate(background) != before
-    assert min(page.evaluate(contrast)) >= 4.5
     page.reload()
     assert page.evaluate(background) != before, "the choice is kept"

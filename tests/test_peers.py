@@ -2,23 +2,19 @@
 
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
-import json
 import math
 import re
-import signal
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_environment
-from nursery import wait_for
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import contender
 import peers
-from peers import Broken, Contender, Measured
+from peers import Contender, Measured
 from retrieval import Missing, Question, made_set, read_set
 
 # A contender that does the work without any library: the paragraphs that share the most words.
@@ -141,68 +137,7 @@ def test_a_broken_contender_is_a_row_and_the_others_go_on(contenders, code, why,
     assert why.split()[0] in capsys.readouterr().out
 
 
-def test_a_contender_that_cannot_be_installed_says_why(tmp_path, monkeypatch):
-    file = tmp_path / "absent.py"
-    file.write_text("# /// script\n# dependencies = ['not-a-package>=1']\n# ///\n")
-    monkeypatch.setenv("UV_OFFLINE", "1")
-    with pytest.raises(Broken, match="not-a-package"):
-        peers.install(Contender("absent", str(file)))
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "said"),
-    [
-        ("corpus.jsonl", '{"id": "a"}', "corpus.jsonl, line 2: no JSON object with id and text"),
-        ("queries.jsonl", "{", "queries.jsonl, line 2: no JSON object with question and relevant"),
-        ("queries.jsonl", '{"question": "q", "relevant_ids": "a"}', "queries.jsonl, line 2"),
-        ("corpus.jsonl", b"\xff", "corpus.jsonl, line 2"),
-        ("corpus.jsonl", None, "corpus.jsonl: No such file or directory"),
-    ],
-)
-def test_bad_data_is_one_line_and_exit_code_2(tmp_path, capsys, name, line, said):
-    (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "t"}\n')
-    (tmp_path / "queries.jsonl").write_text('{"question": "q", "relevant_ids": ["a"]}\n')
-    if line is None:
-        (tmp_path / name).unlink()
-    else:
-        with (tmp_path / name).open("ab") as file:
-            file.write(line if isinstance(line, bytes) else line.encode())
-    assert peers.main(["--data", str(tmp_path)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("not measured: ")
-    assert said in told.err
-    assert len(told.err.splitlines()) == 1
-
-
 def test_a_good_set_is_read_whole(tmp_path):
     (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "t\u2028u"}\n\n', "utf-8")
     (tmp_path / "queries.jsonl").write_text('{"question": "q", "relevant_ids": ["a"]}', "utf-8")
     assert read_set(tmp_path) == ({"a": "t\u2028u"}, [Question("q", frozenset({"a"}))])
-
-
-def test_ctrl_c_ends_the_contender_and_shows_what_was_measured(tmp_path):
-    pid = tmp_path / "pid"
-    slow = (
-        "def load(model):\n    import os, pathlib, time\n"
-        f"    pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n"
-    )
-    (tmp_path / "slow.py").write_text(slow)
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
-        "import peers\n"
-        f"peers.CONTENDERS = {{'slow': peers.Contender('slow', {str(tmp_path / 'slow.py')!r})}}\n"
-        "peers.install = lambda contender: peers.Path(sys.executable)\n"
-        "peers.size = lambda folder: 1.0\n"
-        "sys.exit(peers.main(['--json']))\n"
-    )
-    command = [sys.executable, "-c", program]
-    pipe, env = subprocess.PIPE, clean_environment()
-    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
-        wait_for(lambda: pid.exists() and pid.read_text(), 30)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert json.loads(out)["contenders"]["slow"]["error"] == "not measured"
-    wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists(), 10)
