@@ -621,7 +621,7 @@ def test_fifty_clients_of_a_slow_llm_are_all_answered_and_healthz_answers_meanwh
     assert all("Sunniva" in response.text for response in responses)
     assert llm.most_simultaneous_chats == rag.ANSWERS
     assert len(took) > 30
-    assert statistics.median(took) < 0.05
+    assert statistics.mean(took) < 0.05
 
 
 def test_a_full_queue_says_when_to_come_again(narrow, llm):
