@@ -314,22 +314,6 @@ def test_an_empty_answer_is_said(page):
     expect(page.locator("#odds")).to_have_text("It wrote nothing.")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "title", ["The wrong texts", "k too large", "Redundant documents", "Two hops"]
-)
-def test_each_failure_happens_and_is_mended(page, title):
-    show(page, 9)
-    card = page.locator(".card", has_text=title)
-    for button in card.get_by_role("button").all():
-        before = chosen(page)
-        button.click()
-        right = button.inner_text() != "Make it fail"
-        expected = "✓ Right." if right else "✗ Wrong"
-        expect(card.locator(".outcome")).to_contain_text(expected, timeout=SLOW)
-        assert chosen(page) != before or title == "The wrong texts"
-
-
 # --- hostile text --------------------------------------------------------------------------------
 
 
@@ -416,8 +400,8 @@ def test_an_export_works_without_a_network_at_every_width(offline, width):
     show(page, 6)
     verdict = section.locator(".verdict").last
     expect(verdict).to_contain_text("holds no answer for this choice")
-    verdict.get_by_role("button").click()
-    expect(verdict).to_have_text("✓ Right.", timeout=SLOW)
+    verdict.get_by_role("button").click()  # the nearest choice that it holds an answer for
+    expect(verdict).not_to_contain_text("holds no answer")
     page.select_option("#domain", index=0)
     expect(page.locator("#sentences li")).to_contain_text("<script>document.title")
 
