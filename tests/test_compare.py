@@ -46,7 +46,7 @@ if args.docs:
     files = [f for d in args.docs for f in sorted(pathlib.Path(d).rglob("*.md"))]
     kept.mkdir()
     kept.joinpath("all.json").write_text(json.dumps([[str(f), f.read_text()] for f in files]))
-    print(f"index: {len(files)} chunks added, 0 reused, 0 removed", file=sys.stderr)
+    print(f"index: {len(files)} chunks, {len(files)} of them new", file=sys.stderr)
 texts = json.loads(kept.joinpath("all.json").read_text())
 words = lambda text: set(re.findall(r"\\w+", text.lower()))
 for n, question in enumerate(args.question, 1 if args.docs else 2):
