@@ -222,7 +222,7 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, di
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and generate for one question after another. Yields what --json prints."""
     for question in args.question or QUESTIONS:
-        record = {"question": question, **args.record, "seconds": dict(args.seconds)}
+        record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
         start = found = time.perf_counter()
         try:
             record["sources"] = retrieve(question, index, args)
