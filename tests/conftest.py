@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -34,16 +34,7 @@ READY = r"ready: (\S+)"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
-def _load_guard() -> Callable[..., Callable[[], None]]:
-    spec = importlib.util.spec_from_file_location("loopback_guard", GUARD / "sitecustomize.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.guard
-
-
-guard = _load_guard()
+guard = runpy.run_path(str(GUARD / "sitecustomize.py"))["guard"]
 
 
 def clean_environment() -> dict[str, str]:
@@ -71,11 +62,11 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def _forget_clients() -> None:
-    """Drop the clients that a script keeps: they hold the address of an earlier fake."""
-    for name, module in list(sys.modules.items()):
-        for kept in vars(module).values() if name.startswith("rag_") else []:
-            slow = getattr(kept, "__name__", "") in ("load_embedder", "embedded_llm")
-            if hasattr(kept, "cache_clear") and not slow:
+    """Drop the clients that the scripts keep, which have the address of an earlier fake."""
+    scripts = [module for name, module in sys.modules.items() if name.startswith("rag_")]
+    for script in scripts:
+        for name in ("client", "claude", "ollama"):
+            if kept := getattr(script, name, None):
                 kept.cache_clear()
 
 
@@ -165,7 +156,7 @@ def served(script: str, *args: str, cwd: Path, env: dict[str, str] | None = None
 
 
 HEAVY = {"torch", "transformers", "sentence_transformers", "chromadb", "faiss", "xllamacpp"}
-HEAVY |= {"anthropic", "bm25s", "fastapi"}
+HEAVY |= {"anthropic", "openai", "bm25s", "fastapi", "pypdf", "bs4", "docx2txt"}
 
 
 def run_light(script: str, *args: str) -> subprocess.CompletedProcess[str]:
