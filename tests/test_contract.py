@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, environment, run_light
+from nursery import wait_for
 
 
 class Script(NamedTuple):
@@ -127,9 +127,6 @@ def test_help_and_usage_errors_take_under_a_second_and_import_nothing_heavy(scri
 
 USAGE_ERRORS = {
     "no passages": (["--top-k", "0", "x"], "--top-k must be 1 or more"),
-    "fewer than none": (["--top-k", "-1", "x"], "--top-k"),
-    "no number": (["--top-k", "four", "x"], "invalid int value: 'four'"),
-    "no such option": (["--nonsense", "x"], "--nonsense"),
     "no such documents": (["--docs", "no/such/folder", "x"], "no/such/folder does not exist"),
     "no such index": (["--index", "mistyped.db", "x"], "mistyped.db does not exist"),
     "a file for a question": (["--docs", "dam.txt", "ferry.txt"], "ferry.txt is a file"),
@@ -171,16 +168,17 @@ def test_more_passages_than_there_are_is_all_of_them(ask):
 
 def demonstration_faults(done):
     """Return what is wrong with the answers to QUESTION, OTHER and UNANSWERABLE."""
-    faults = [] if done.code == 0 else [f"exit code {done.code}: {done.err}"]
+    faults = [] if (done.code, len(done.records)) == (0, 3) else [f"{done.code}: {done.err}"]
     wanted = {QUESTION: "1874", OTHER: "55 minutes", UNANSWERABLE: REFUSAL}
-    answers = {record["question"]: record["answer"] or "" for record in done.records}
-    for question, text in wanted.items():
-        if text not in answers.get(question, ""):
-            faults.append(f"{question}: {answers.get(question)}")
-    for record in done.records:
-        scores = [source["score"] for source in record["sources"]]
+    for record, text in zip(done.records, wanted.values(), strict=False):
+        sources = record["sources"]
+        scores = [source["score"] for source in sources]
+        if text not in (record["answer"] or ""):
+            faults.append(f"answer: {record}")
+        if text != REFUSAL and not (sources and text in sources[0]["text"]):
+            faults.append(f"retrieval: {record}")
         if scores != sorted(scores, reverse=True) or not all(abs(s) < 1.001 for s in scores):
-            faults.append(f"{record['question']}: scores {scores}")
+            faults.append(f"scores: {scores}")
     return faults
 
 
@@ -205,15 +203,14 @@ def test_json_has_one_record_a_question_in_order(ask, rag, samples):
         assert set(record) == set(keys.split())
         assert (record["model"], record["embed_model"]) == (rag.LLM_MODEL, rag.EMBED_MODEL)
         assert record["error"] is None
-        assert all(type(record["usage"][n]) is int for n in ("input_tokens", "output_tokens"))
-        assert {*record["seconds"]} - {"first_token"} == {"load", "index", "retrieve", "generate"}
-        assert all(s is None or type(s) is float and s >= 0 for s in record["seconds"].values())
+        assert set(record["usage"]) == {"input_tokens", "output_tokens"}
+        assert {type(tokens) for tokens in record["usage"].values()} == {int}
+        assert set(record["seconds"]) >= {"load", "index", "retrieve", "generate"}
+        assert all(seconds is None or seconds >= 0 for seconds in record["seconds"].values())
         assert [source["n"] for source in record["sources"]] == [1, 2]
         for source in record["sources"]:
-            assert set(source) == {"n", "source", "page", "score", "text"}
-            assert (source["source"], type(source["score"])) == (str(pdf), float)
-        scores = [source["score"] for source in record["sources"]]
-        assert scores == sorted(scores, reverse=True)
+            assert set(source) == {"n", "text", "source", "page", "score"}
+            assert source["source"] == str(pdf)
     first, second = done.records
     assert first["sources"][0]["page"] == 1
     assert "Odda Renfrey" in first["answer"]
@@ -278,8 +275,7 @@ def test_no_control_character_reaches_the_terminal(ask, server, tmp_path, args):
 
 def test_spaces_of_all_kinds_still_part_the_words(ask, tmp_path):
     (tmp_path / "bar.txt").write_text("12\u202f000 beds and a\xa0bar")
-    done = ask("--docs", tmp_path, "--retrieve-only", "beds?")
-    assert re.search(r"12\s000 beds and a\sbar", done.out)
+    assert re.search(r"12\s000 .* a\sbar", ask("--docs", tmp_path, "--retrieve-only", "x").out)
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])
@@ -293,13 +289,6 @@ def test_an_output_that_is_closed_early_ends_the_run_quietly(
         assert rag.main([*args, QUESTION, OTHER, UNANSWERABLE]) == 0
     assert len(server.chat_requests) == 1, "nobody pays for answers that nobody reads"
     assert "error" not in capsys.readouterr().err
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def test_ctrl_c_is_exit_130(script, ask, server):
@@ -422,78 +411,66 @@ def test_debug_shows_the_traceback(rag, server, notes, monkeypatch):
 
 
 @pytest.fixture
-def index(tmp_path):
-    return tmp_path / "kept"
+def kept(ask, embedded, tmp_path):
+    """A kept index: its path, `update` with what that embeds, and `held`, the texts in it."""
+    path = tmp_path / "kept"
 
-
-@pytest.fixture
-def update(ask, embedded, index):
-    """Update the index from documents: the texts that this embeds."""
+    def run(*args):
+        embedded.clear()
+        args = ("--index", path, *args, "--retrieve-only", "--json", "--top-k", 9999, "praised")
+        done = ask(*args)
+        assert done.code == 0, done.err
+        return done.records[0]["sources"]
 
     def update(docs):
-        embedded.clear()
-        done = ask("--index", index, "--docs", docs, "--retrieve-only", "praised")
-        assert done.code == 0, done.err
+        run("--docs", docs)
         return [text for text in embedded if text != "praised"]
 
-    return update
-
-
-@pytest.fixture
-def held(ask, index):
-    """What the kept index holds: the texts of all passages, sorted, with the files' names."""
-
     def held():
-        done = ask("--index", index, "--retrieve-only", "--json", "--top-k", 9999, "praised")
-        assert done.code == 0, done.err
-        return sorted((Path(s["source"]).name, s["text"]) for s in done.records[0]["sources"])
+        return sorted((Path(source["source"]).name, source["text"]) for source in run())
 
-    return held
+    return SimpleNamespace(path=path, update=update, held=held)
 
 
-def test_later_runs_embed_only_what_is_new(script, update, held, embedded, server, notes):
-    assert len(update(notes)) == 3
+def test_later_runs_embed_only_what_is_new(script, kept, embedded, server, notes):
+    assert len(kept.update(notes)) == 3
     requests = len(server.embedding_requests)
-    assert update(notes) == []
+    assert kept.update(notes) == []
     assert len(server.embedding_requests) - requests == script.has_remote_embedder  # the question
     (notes / "dam.txt").write_text("The dam has burst.")
-    assert update(notes) == ["The dam has burst."]
+    assert kept.update(notes) == ["The dam has burst."]
     (notes / "ferry.txt").rename(notes / "boat.txt")
-    assert update(notes) == []
+    assert kept.update(notes) == []
     (notes / "honey.txt").unlink()
-    assert update(notes) == []
-    embedded.clear()
+    assert kept.update(notes) == []
     boat = ("boat.txt", "The ferry of Aldermoor was praised in 1811.")
-    assert held() == [boat, ("dam.txt", "The dam has burst.")]
+    assert kept.held() == [boat, ("dam.txt", "The dam has burst.")]
     assert embedded == ["praised"]
 
 
-def test_documents_without_text_are_an_error_and_not_the_old_index(ask, update, index, notes):
-    update(notes)
+def test_documents_without_text_are_an_error_and_not_the_old_index(ask, kept, notes):
+    kept.update(notes)
     for file in notes.iterdir():
         file.write_text("")
-    for args in ([], ["--index", index]):
+    for args in ([], ["--index", kept.path]):
         done = ask("--docs", notes, *args, QUESTION)
         assert (done.code, done.out) == (2, "")
         assert "left out" in done.err
         assert str(notes) in done.err.splitlines()[-1]
 
 
-def test_another_embedder_makes_the_index_its_own_or_is_refused(
-    script, ask, update, held, index, notes
-):
-    update(notes)
-    other = ("--index", index, "--embed-model", script.other_embedder)
-    before = held()
+def test_another_embedder_makes_the_index_its_own_or_is_refused(script, ask, kept, notes):
+    kept.update(notes)
+    other = ("--index", kept.path, "--embed-model", script.other_embedder)
+    before = kept.held()
     done = ask(*other, QUESTION)
     assert (done.code, done.out) == (2, "")
     assert script.other_embedder in done.err
-    assert held() == before
+    assert kept.held() == before
     done = ask(*other, "--docs", notes, "--retrieve-only", "--json", "praised")
     assert (done.code, len(done.records[0]["sources"])) == (0, 3)
-    done = ask(*other, "--retrieve-only", "praised")
-    assert done.code == 0
-    assert ask("--index", index, "--retrieve-only", "praised").code == 2
+    assert ask(*other, "--retrieve-only", "praised").code == 0
+    assert ask("--index", kept.path, "--retrieve-only", "praised").code == 2
 
 
 def foreign_database(path):
@@ -512,7 +489,7 @@ FOREIGN = {
 
 @with_sqlite
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_no_index_of_ours_is_refused_and_left_as_it_was(script, ask, notes, tmp_path, kind):
+def test_what_is_no_index_of_ours_is_refused_and_left_as_it_was(ask, notes, tmp_path, kind):
     (tmp_path / "place").mkdir()
     foreign = tmp_path / "place" / "foreign"
     FOREIGN[kind](foreign)
@@ -539,31 +516,28 @@ def count_vectors(index):
 
 
 @with_sqlite
-def test_a_run_that_is_killed_keeps_the_old_index_and_what_it_embedded(
-    script, update, held, index, server, tmp_path
-):
+def test_a_run_that_is_killed_keeps_the_old_index_and_its_batches(script, kept, server, tmp_path):
     docs = tmp_path / "docs"
     write_lines(docs, 1, 20)
-    update(docs)
-    old = held()
+    kept.update(docs)
+    old = kept.held()
     write_lines(docs, 2, 300)
     server.fail(path="/embeddings", delay=0.2, times=None)
-    command = [sys.executable, ROOT / f"{script.name}.py", "--index", index, "--docs", docs]
+    command = [sys.executable, ROOT / f"{script.name}.py", "--index", kept.path, "--docs", docs]
     with subprocess.Popen([*command, "--retrieve-only", "x"], env=environment()) as process:
-        wait_for(lambda: count_vectors(index) > 20)
+        wait_for(lambda: count_vectors(kept.path) > 20)
         process.kill()
     server.recover()
-    kept = count_vectors(index) - 20
-    assert 0 < kept < 300, "the test kills too late"
-    assert held() == old
-    assert len(update(docs)) == 300 - kept
-    assert len(held()) == 300
-    assert count_vectors(index) == 300
+    done = count_vectors(kept.path) - 20
+    assert 0 < done < 300, "the test kills too late"
+    assert kept.held() == old
+    assert len(kept.update(docs)) == 300 - done
+    assert len(kept.held()) == count_vectors(kept.path) == 300
 
 
 @with_sqlite
-def test_runs_at_once_answer_each_from_its_own_documents(script, rag, server, index):
-    args = Namespace(index=index, embed_model=rag.EMBED_MODEL)
+def test_runs_at_once_answer_each_from_its_own_documents(rag, server, tmp_path):
+    args = Namespace(index=tmp_path / "kept", embed_model=rag.EMBED_MODEL)
     barrier = threading.Barrier(2)
 
     def run(docs):
@@ -587,27 +561,25 @@ def test_runs_at_once_answer_each_from_its_own_documents(script, rag, server, in
 
 
 @with_sqlite
-def test_a_full_disk_is_told_and_the_old_index_still_answers(
-    script, ask, update, held, index, notes, tmp_path
-):
-    update(notes)
-    old = held()
+def test_a_full_disk_is_told_and_the_old_index_still_answers(ask, kept, notes, tmp_path):
+    kept.update(notes)
+    old = kept.held()
     write_lines(tmp_path / "more", 1, 100)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (index.stat().st_size + 50_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kept.path.stat().st_size + 50_000, limits[1]))
     try:
-        done = ask("--index", index, "--docs", tmp_path / "more", "--retrieve-only", "praised")
+        done = ask("--index", kept.path, "--docs", tmp_path / "more", "--retrieve-only", "praised")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (done.code, done.out) == (2, "")
-    assert re.fullmatch(f"error: {index}: .*disk.*", done.err.splitlines()[-1])
-    assert held() == old
-    assert len(update(tmp_path / "more")) <= 100
-    assert len(held()) == 100
+    assert re.fullmatch(f"error: {kept.path}: .*disk.*", done.err.splitlines()[-1])
+    assert kept.held() == old
+    assert len(kept.update(tmp_path / "more")) <= 100
+    assert len(kept.held()) == 100
 
 
 @with_sqlite
-def test_a_folder_that_may_not_be_written_is_told_and_its_index_still_answers(script, ask, notes):
+def test_a_folder_that_may_not_be_written_is_told_and_its_index_still_answers(ask):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         docs = folder / "dam.txt"
@@ -632,16 +604,13 @@ def test_a_folder_that_may_not_be_written_is_told_and_its_index_still_answers(sc
     assert (reading.code, reading.records[0]["sources"][0]["text"]) == (0, "The dam holds.")
 
 
-def test_the_openai_scripts_read_each_other_s_index(llm, capsys, index, notes):
+def test_the_openai_scripts_read_each_other_s_index(llm, capsys, notes, tmp_path):
     scripts = [script for script in SCRIPTS if script.has_remote_embedder]
     modules = [importlib.import_module(script.name) for script in scripts]
     for writer in modules:
-        done = call(writer, capsys, "--index", index, "--docs", notes, "--retrieve-only", "praised")
-        assert done.code == 0
-        index.rename(index.with_suffix(".db"))
+        asked = ("--index", tmp_path / writer.__name__, "--retrieve-only", "--json", "praised")
+        assert call(writer, capsys, "--docs", notes, *asked).code == 0
         for reader in modules:
             before = len(llm.embedded_texts)
-            args = ("--index", index.with_suffix(".db"), "--retrieve-only", "--json", "praised")
-            assert len(call(reader, capsys, *args).records[0]["sources"]) == 3
+            assert len(call(reader, capsys, *asked).records[0]["sources"]) == 3
             assert llm.embedded_texts[before:] == ["praised"]
-        index.with_suffix(".db").unlink()
