@@ -125,22 +125,20 @@ def test_help_and_usage_errors_take_under_a_second_and_import_nothing_heavy(scri
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
 
 
-USAGE_ERRORS = {
-    "no passages": (["--top-k", "0", "x"], "--top-k must be 1 or more"),
-    "no such documents": (["--docs", "no/such/folder", "x"], "no/such/folder does not exist"),
-    "no such index": (["--index", "mistyped.db", "x"], "mistyped.db does not exist"),
-    "a file for a question": (["--docs", "dam.txt", "ferry.txt"], "ferry.txt is a file"),
-}
-
-
-@pytest.mark.parametrize("name", USAGE_ERRORS)
-def test_a_usage_error_is_exit_2_and_says_what_to_mend(ask, server, notes, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["--top-k", "0", "x"], "--top-k must be 1 or more"),
+        (["--docs", "no/such/folder", "x"], "no/such/folder does not exist"),
+        (["--index", "mistyped.db", "x"], "mistyped.db does not exist"),
+        (["--docs", "dam.txt", "ferry.txt"], "ferry.txt is a file"),
+    ],
+)
+def test_a_usage_error_is_exit_2_with_a_hint(ask, server, notes, monkeypatch, args, hint):
     monkeypatch.chdir(notes)
-    args, hint = USAGE_ERRORS[name]
     done = ask(*args)
-    assert (done.code, done.out) == (2, "")
+    assert (done.code, done.out, server.requests) == (2, "", [])
     assert hint in done.err.splitlines()[-1]
-    assert server.requests == []
     assert not Path("mistyped.db").exists()
 
 
@@ -152,7 +150,7 @@ def test_a_bad_key_is_told_and_never_shown(script, ask, server, monkeypatch, key
     assert (done.code, server.chat_requests) == (code, [])
     assert "secret" not in done.out + done.err
     if not key:
-        assert done.err.startswith(f"error: {script.key} is not set")
+        assert script.key in done.err
 
 
 # --- answers ---
@@ -277,16 +275,13 @@ def test_a_closed_output_ends_the_run_quietly(rag, server, capsys, monkeypatch, 
     assert "error" not in capsys.readouterr().err
 
 
-def test_ctrl_c_is_exit_130(script, ask, server):
-    def interrupt():
-        wait_for(lambda: server.chat_requests)
+def test_ctrl_c_is_exit_130(ask, server):
+    def interrupt(request):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return "Too late."
 
-    server.fail(path=script.chat, delay=30)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    server.reply = interrupt
     assert ask(QUESTION, OTHER).code == 130
-    thread.join()
 
 
 # --- services that fail ---
@@ -335,14 +330,11 @@ def test_an_embedder_that_fails_is_told_in_one_line(script, ask, server, notes, 
     assert "55 minutes" in answered["answer"]
 
 
-@pytest.mark.parametrize(
-    "fault", [{"status": 429, "headers": {"Retry-After": "0.05"}}, {"status": 500}, {"drop": True}]
-)
+@pytest.mark.parametrize("fault", ["429", "500", "dropped"])
 def test_a_service_that_fails_twice_is_asked_again(script, ask, server, fault):
-    server.fail(path=script.chat, times=2, **fault)
+    server.fail(path=script.chat, times=2, **FAULTS[fault][0])
     done = ask(QUESTION)
-    assert (done.code, len(server.chat_requests)) == (0, 3)
-    assert "1874" in done.out
+    assert (done.code, "1874" in done.out, len(server.chat_requests)) == (0, True, 3)
 
 
 def test_a_server_that_is_down_is_told_in_one_line(script, ask, monkeypatch, server):
@@ -356,16 +348,19 @@ def test_a_server_that_is_down_is_told_in_one_line(script, ask, monkeypatch, ser
     assert re.fullmatch(r"error: Connection error\..*refused.*", done.err.splitlines()[-1])
 
 
-def test_what_was_cut_is_told(script, ask, server):
-    server.fail(path=script.chat, finish_reason="length")
+@pytest.mark.parametrize(
+    ("fault", "hint"),
+    [
+        ({}, None),
+        ({"finish_reason": "length"}, "the answer was cut at 1024 tokens"),
+        ({"prompt_tokens": 20}, "cut the prompt to 20 tokens: set OLLAMA_CONTEXT_LENGTH"),
+    ],
+)
+def test_what_was_cut_is_told(script, ask, server, fault, hint):
+    server.fail(path=script.chat, **fault)
     done = ask(QUESTION)
     assert (done.code, "1874" in done.out) == (0, True)
-    assert "the answer was cut at 1024 tokens" in done.err
-    server.fail(path=script.chat, prompt_tokens=20)
-    done = ask(QUESTION)
-    assert (done.code, "1874" in done.out) == (0, True)
-    assert "cut the prompt to 20 tokens: set OLLAMA_CONTEXT_LENGTH" in done.err
-    assert "cut" not in ask(QUESTION).err
+    assert hint in done.err if hint else "cut" not in done.err
 
 
 def test_a_question_too_long_for_the_embedder_does_not_end_the_run(ask):
@@ -517,11 +512,10 @@ def test_runs_at_once_answer_each_from_its_own_documents(rag, server, tmp_path):
         texts = [[f"Beaver {n} {name} {i}" for i in range(20)] + ["Both."] for name in "ab"]
         with ThreadPoolExecutor() as pool:
             answers = [*pool.map(run, texts)]
-        told = [answer for answer in answers if isinstance(answer, str)]
-        assert len(told) < 2
-        assert all("another run has changed the index" in error for error in told)
+        refused = [answer for answer in answers if "another run has changed" in answer]
+        assert len(refused) < 2
         for answer, own in zip(answers, texts, strict=True):
-            assert answer in told or [chunk.text for chunk in answer] == own
+            assert answer in refused or [chunk.text for chunk in answer] == own
         chunks, vectors = rag.update_index([], args)
         assert [chunk.text for chunk in chunks] in texts
         own = rag.embed([chunk.text for chunk in chunks], rag.EMBED_MODEL)

@@ -25,30 +25,19 @@ def texts(documents):
     return [document.text for document in documents]
 
 
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 # --- load ---
 
 
-@pytest.mark.parametrize(
-    ("file", "words"),
-    [
-        ("beavers.txt", ["Beavers build dams. The dam at Aldermoor is 41 m long."]),
-        ("bread.md", ["# Bread", "rises for 19 hours"]),
-        ("tea.rst", ["Quillet whistles in G major"]),
-        ("trains.html", ["Trains", "The night train to", "Marrow", "7 sleeping cars & a\xa0bar."]),
-        ("orchard.docx", ["212 plum trees", "Variety", "Mirabelle", "330 baskets"]),
-    ],
-)
-def test_a_file_of_each_kind_is_read(samples, file, words):
-    [document] = load(samples / file)
-    assert (document.source, document.page) == (str(samples / file), None)
-    for word in words:
-        assert word in document.text
-    assert not re.search("vermilion|tracker|</?[a-z]+>", document.text)
+def test_a_file_of_each_kind_is_read(samples):
+    read = {Path(document.source).name: document.text for document in load(samples)}
+    assert read["beavers.txt"] == "Beavers build dams. The dam at Aldermoor is 41 m long.\n"
+    assert "rises for 19 hours" in read["bread.md"]
+    assert "Quillet whistles in G major" in read["tea.rst"]
+    assert re.search(r"Marrow\s+has 7 sleeping cars & a\xa0bar", read["trains.html"])
+    assert not re.search("vermilion|tracker|</?[a-z]+>", read["trains.html"])
+    assert re.search("212 plum trees.*Mirabelle.*330 baskets", read["orchard.docx"], re.S)
+    assert "copper" in read["comet.pdf"]
+    assert len(read) == 6
 
 
 def test_the_pages_of_a_pdf_keep_their_numbers_even_after_a_blank_one(tmp_path):
@@ -57,108 +46,90 @@ def test_the_pages_of_a_pdf_keep_their_numbers_even_after_a_blank_one(tmp_path):
     assert [(chunk.page, chunk.text) for chunk in chunks] == [(1, "First."), (3, "Third.")]
 
 
-def test_a_folder_is_read_with_its_subfolders_and_nothing_hidden(samples, capsys):
-    (samples / "deep" / "er").mkdir(parents=True)
-    write(samples / "deep" / "er" / "UPPER.TXT", "Capitals count too.")
-    write(samples / "code.py", "print(1)")
-    for hidden in (".git", "deep/.venv"):
-        (samples / hidden).mkdir()
-        write(samples / hidden / "secret.txt", "secret")
-    write(samples / ".hidden.txt", "secret")
-    (samples / "loop").symlink_to(samples, target_is_directory=True)
-    found = {Path(document.source).relative_to(samples) for document in load(samples)}
-    names = "beavers.txt bread.md tea.rst trains.html comet.pdf orchard.docx deep/er/UPPER.TXT"
-    assert {str(path) for path in found if "loop" not in path.parts} == set(names.split())
-    assert "left out" not in capsys.readouterr().err
+def test_a_folder_is_read_with_its_subfolders_and_nothing_hidden(tmp_path, capsys):
+    folder = tmp_path / ".notes"  # which is named, and so no longer hidden
+    names = [
+        "a.txt",
+        "deep/er/UPPER.TXT",
+        "code.py",
+        ".hidden.txt",
+        ".git/b.txt",
+        "deep/.venv/c.md",
+    ]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"I am {name}.")
+    assert texts(load(folder)) == ["I am a.txt.", "I am deep/er/UPPER.TXT."]
+    assert texts(load(folder / ".hidden.txt")) == ["I am .hidden.txt."]
+    assert capsys.readouterr().err == ""
 
 
-def test_a_folder_under_a_hidden_one_and_a_hidden_file_are_read_when_named(tmp_path):
-    folder = tmp_path / ".notes"
-    folder.mkdir()
-    write(folder / "a.txt", "Read me.")
-    write(folder / ".b.txt", "And me.")
-    assert texts(load(folder, folder / ".b.txt")) == ["Read me.", "And me."]
-
-
-@pytest.mark.parametrize("name", ["a[1].txt", "*.txt", "two words.txt", "ö.txt", "x" * 250 + ".md"])
-def test_a_file_of_any_name_is_read(tmp_path, name):
+@pytest.mark.parametrize("name", [b"a[1].txt", b"*.txt", b"two words.txt", b"caf\xe9.txt"])
+def test_a_file_of_any_name_is_read_and_can_be_sent(tmp_path, name):
     folder = tmp_path / "notes [old]"
     folder.mkdir()
-    path = write(folder / name, "Some text.")
-    write(folder / "b.py", "")
+    path = folder / os.fsdecode(name)
+    path.write_text("Some text.")
     assert [document.source for document in load(path, folder)] == [str(path)] * 2
+    assert rag.build_prompt("Why?", load(folder)).encode()
 
 
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("text", "encoding"),
     [
-        ("Füße über naïve — €".encode(), "Füße über naïve — €"),
-        ("\ufeffFüße".encode(), "Füße"),
-        ("Füße über Grün".encode("latin-1"), "Füße über Grün"),
-        ("a “quoted” price: 3 €".encode("cp1252"), "a “quoted” price: 3 €"),
-        ("Füße €".encode("utf-16"), "Füße €"),
-        ("\ufeffFüße €".encode("utf-16-be"), "Füße €"),
-        ("第一只海狸".encode(), "第一只海狸"),
-        (b"one\r\ntwo\r\n", "one\r\ntwo\r\n"),
+        ("Füße über naïve — €", "utf-8"),
+        ("第一只海狸\r\n", "utf-8"),
+        ("Füße", "utf-8-sig"),
+        ("Füße über Grün", "latin-1"),
+        ("a “quoted” price: 3 €", "cp1252"),
+        ("Füße €", "utf-16"),
     ],
-    ids=["utf-8", "utf-8-bom", "latin-1", "cp1252", "utf-16-le", "utf-16-be", "chinese", "crlf"],
 )
-def test_text_in_other_encodings_is_read(tmp_path, content, text):
-    assert texts(load(write(tmp_path / "a.txt", content))) == [text]
+def test_text_in_other_encodings_is_read(tmp_path, text, encoding):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert texts(load(tmp_path)) == [text]
 
 
-def encrypted_pdf(path, password):
+def write_encrypted_pdf(path, password):
     writer = pypdf.PdfWriter(clone_from=write_pdf(path, "The comet Brindle."))
     writer.encrypt(password, "owner", algorithm="AES-256")
     writer.write(path)
 
 
 BAD_FILES = {
-    "empty.txt": lambda path: write(path, b""),
-    "blank.md": lambda path: write(path, b" \n\t\n\xc2\xa0"),
-    "broken.pdf": lambda path: write(path, b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog"),
-    "text.pdf": lambda path: write(path, b"I am no PDF at all."),
+    "empty.txt": lambda path: path.write_bytes(b""),
+    "blank.md": lambda path: path.write_bytes(b" \n\t\n\xc2\xa0"),
+    "broken.pdf": lambda path: path.write_bytes(b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog"),
+    "text.pdf": lambda path: path.write_bytes(b"I am no PDF at all."),
     "scan.pdf": lambda path: write_pdf(path, "", ""),
-    "locked.pdf": lambda path: encrypted_pdf(path, "secret"),
-    "broken.docx": lambda path: write(path, b"PK\x03\x04 cut short"),
+    "locked.pdf": lambda path: write_encrypted_pdf(path, "secret"),
+    "broken.docx": lambda path: path.write_bytes(b"PK\x03\x04 cut short"),
     "dangling.txt": lambda path: path.symlink_to("nowhere.txt"),
-    "picture.png": lambda path: write(path, b"\x89PNG\r\n\x1a\n" + bytes(100)),
+    "picture.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_without_readable_text_is_named_and_the_rest_is_read(tmp_path, capfd, caplog, name):
+def test_a_file_without_readable_text_is_named_and_the_rest_is_read(tmp_path, capsys, caplog, name):
     BAD_FILES[name](tmp_path / name)
-    good = write(tmp_path / "good.txt", "Something to read.")
-    assert texts(load(tmp_path / name, good)) == ["Something to read."]
-    err = capfd.readouterr().err
+    (tmp_path / "good.txt").write_text("Something to read.")
+    assert texts(load(tmp_path / name, tmp_path / "good.txt")) == ["Something to read."]
+    err = capsys.readouterr().err
     assert err.startswith(f"left out: {tmp_path / name}: ")
-    assert (len(err.splitlines()), caplog.records) == (1, [])
+    assert len(err.splitlines()) == 1
+    assert caplog.messages == [], "what a library logs is printed, and names no file"
 
 
-def test_a_pdf_with_an_empty_password_is_read(tmp_path):
-    encrypted_pdf(tmp_path / "open.pdf", "")
-    assert "Brindle" in load(tmp_path / "open.pdf")[0].text
-
-
-def test_an_empty_folder_has_no_documents(tmp_path):
+def test_an_empty_folder_is_no_error_and_an_empty_password_no_lock(tmp_path):
     assert load(tmp_path) == []
-
-
-def test_a_file_name_that_is_no_utf_8_is_read(tmp_path):
-    raw = os.fsencode(tmp_path) + b"/caf\xe9.txt"
-    Path(os.fsdecode(raw)).write_text("Some text.")
-    [document] = load(tmp_path)
-    assert rag.build_prompt("Why?", [document]).encode()
+    write_encrypted_pdf(tmp_path / "open.pdf", "")
+    assert "Brindle" in load(tmp_path / "open.pdf")[0].text
 
 
 # --- split ---
 
-PROSE = "".join(
-    f"Sentence {n} tells of the {n * 31 % 97}th beaver. " + "\n\n" * (n % 7 == 0)
-    for n in range(300)
-)
-DENSE = {
+PROSE = "".join(f"Sentence {n} tells of the {n * 31 % 97}th beaver. " for n in range(300))
+TEXTS = {
     "prose": PROSE,
     "table": "\n".join(f"{n}|{n * n:x}|{n / 7:.6f}|§¶•" for n in range(600)),
     "code": "".join(f"x{n}=(a[{n}]<<{n % 8})&~0xFF;//{'=' * (n % 40)}\n" for n in range(400)),
@@ -175,23 +146,21 @@ def split(text):
     return rag.split_documents([rag.Document(text, "a.txt", 3)], rag.EMBED_MODEL)
 
 
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("max_tokens", [40, 256, 8_191])
-def test_no_chunk_is_longer_than_the_embedder_reads_and_no_text_is_lost(
-    monkeypatch, name, max_tokens
-):
-    splitter = TextSplitter.from_tiktoken_model("text-embedding-3-small", max_tokens)
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("limit", [40, 256, 8_191])
+def test_no_chunk_is_longer_than_the_embedder_reads_and_no_text_is_lost(monkeypatch, name, limit):
+    splitter = TextSplitter.from_tiktoken_model("text-embedding-3-small", limit)
     monkeypatch.setattr(rag, "token_splitter", lambda embed_model: splitter)
-    text = DENSE[name].replace("\ud83d", "?")
-    chunks = split(DENSE[name])
+    text = TEXTS[name].replace("\ud83d", "?")
+    chunks = split(TEXTS[name])
     for chunk in chunks:
         assert 0 < len(chunk.text) <= rag.CHUNK_CHARACTERS
-        assert count_tokens(chunk.text) <= max_tokens
+        assert count_tokens(chunk.text) <= limit
         assert chunk.text in text
         assert (chunk.source, chunk.page) == ("a.txt", 3)
     assert set("".join(texts(chunks))) >= set("".join(text.split()))
-    if name in ("prose", "code") and max_tokens > 40:
-        assert set(text.split()) <= {word for chunk in chunks for word in chunk.text.split()}
+    words = {word for chunk in chunks for word in chunk.text.split()}
+    assert set(text.split()) <= words or limit == 40 or len(text.split()) == 1
 
 
 def test_the_openai_splitter_keeps_to_what_the_service_takes():
@@ -200,11 +169,9 @@ def test_the_openai_splitter_keeps_to_what_the_service_takes():
 
 
 def test_sentences_stay_whole_and_neighbours_overlap():
-    text = PROSE.replace("\n\n", "")
-    chunks = texts(split(text))
+    chunks = texts(split(PROSE))
     assert all(len(chunk) > rag.CHUNK_CHARACTERS / 2 for chunk in chunks[:-1])
-    for sentence in re.findall(r"Sentence[^.]+\.", text):
-        assert any(sentence in chunk for chunk in chunks), sentence
+    assert all(any(s in chunk for chunk in chunks) for s in re.findall("Sentence[^.]+[.]", PROSE))
     for before, after in itertools.pairwise(chunks):
         shared = max(n for n in range(len(after)) if before.endswith(after[:n]))
         assert 0 < shared <= rag.CHUNK_OVERLAP
@@ -212,7 +179,7 @@ def test_sentences_stay_whole_and_neighbours_overlap():
 
 def test_the_same_text_is_kept_once_and_the_first_place_counts():
     places = [("The same.", "a.txt"), (" The same.\n", "b.txt"), ("Other.", "b.txt")]
-    documents = [rag.Document(text, source) for text, source in places]
+    documents = [rag.Document(*place) for place in places]
     chunks = rag.split_documents(documents, rag.EMBED_MODEL)
     assert [chunk[:2] for chunk in chunks] == [("The same.", "a.txt"), ("Other.", "b.txt")]
 
@@ -220,7 +187,6 @@ def test_the_same_text_is_kept_once_and_the_first_place_counts():
 def test_two_megabytes_are_split_in_a_few_seconds():
     line = "The {} beaver of Aldermoor counted {} logs, and then it went to sleep. "
     text = "".join(line.format(n, n * 7) for n in range(28_000))
-    assert len(text) > 2_000_000
     start = time.process_time()
-    assert len(split(text)) > 2_500
-    assert time.process_time() - start < 10
+    assert len(split(text)) > 2_000_000 / rag.CHUNK_CHARACTERS
+    assert time.process_time() - start < 4
