@@ -415,7 +415,7 @@ def ask(
         for name, line in lines:
             if name == "stderr":
                 errors = [*errors, line][-20:] if line.strip() else errors
-                if found := re.search(r"index: (\d{1,12}) chunks added", line):
+                if found := re.search(r"index: (\d{1,12}) chunks", line):
                     script.chunks = int(found[1])
                 continue
             if name == "exit":

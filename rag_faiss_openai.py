@@ -26,12 +26,11 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from functools import cache
 from glob import glob
 from hashlib import sha256
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -42,63 +41,55 @@ from tqdm import tqdm
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 CHUNK_CHARACTERS = 800  # about 200 tokens: one thought, with enough text around it
 CHUNK_OVERLAP = 100  # characters that neighbours share, so that a fact is whole in one of them
+Chunk = dict[str, Any]  # text, source, page; when retrieved also n and score, a cosine similarity
 
 
-class Document(NamedTuple):
-    """A file, a page of a PDF, or a chunk of these; a retrieved chunk has its similarity too."""
-
-    text: str
-    source: str
-    page: int | None = None
-    score: float | None = None
-
-
-def read_file(path: Path) -> list[Document]:
-    """Read a file: a PDF page by page, others whole. Raises ValueError if there is no text."""
+def read_pages(file: Path) -> dict[int | None, str]:
+    """Read the text of a file by page number; only a PDF has those."""
     import docx2txt
     import pypdf
     from bs4 import BeautifulSoup, UnicodeDammit
 
-    kind = path.suffix.lower()
+    kind = file.suffix.lower()
     if kind == ".pdf":
-        texts = [page.extract_text() for page in pypdf.PdfReader(path).pages]
-    elif kind == ".docx":
-        texts = [docx2txt.process(path)]
-    elif kind in (".html", ".htm"):
-        texts = [BeautifulSoup(path.read_bytes(), "html.parser").get_text("\n")]
-    else:  # UTF-8, UTF-16 with a byte order mark, or the old encoding of Windows
-        decoded = UnicodeDammit(path.read_bytes(), ["utf-8"], user_encodings=["cp1252"])
-        texts = [decoded.unicode_markup or ""]
-    if not "".join(texts).strip():
-        raise ValueError("no text in it (a scan needs OCR first)")
-    pages = range(1, len(texts) + 1) if kind == ".pdf" else [None]
-    return [Document(text, str(path), page) for text, page in zip(texts, pages, strict=True)]
+        return {n: page.extract_text() for n, page in enumerate(pypdf.PdfReader(file).pages, 1)}
+    if kind == ".docx":
+        return {None: docx2txt.process(file)}
+    if kind in (".html", ".htm"):
+        return {None: BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")}
+    # UTF-8, UTF-16 with a byte order mark, or the old encoding of Windows.
+    decoded = UnicodeDammit(file.read_bytes(), ["utf-8"], user_encodings=["cp1252"])
+    return {None: decoded.unicode_markup or ""}
 
 
-def load_documents(paths: list[str]) -> list[Document]:
+def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files, and folders without what is hidden in them; say what can't be read."""
     documents = []
     for path in paths:
-        names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # nothing hidden
+        names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "": path is a file
         files = [Path(path, name) for name in names if Path(path, name).suffix.lower() in KINDS]
         for file in tqdm(files, f"reading {path}", disable=None):
             try:
-                documents += read_file(file)
+                pages = read_pages(file)
+                if not "".join(pages.values()).strip():
+                    raise ValueError("no text in it (a scan needs OCR first)")
             except Exception as error:
                 say(f"left out: {file}: {error}")
+                continue
+            documents += [{"text": pages[n], "source": str(file), "page": n} for n in pages]
     return documents
 
 
-def split_documents(documents: list[Document], embed_model: str) -> list[Document]:
+def split_documents(documents: list[Chunk], args: Namespace) -> list[Chunk]:
     """Split documents into chunks that the embedder reads whole; the same text is kept once."""
     by_characters = TextSplitter(CHUNK_CHARACTERS, CHUNK_OVERLAP)
-    by_tokens = token_splitter(embed_model)  # slow on whole documents
-    chunks: dict[str, Document] = {}
+    by_tokens = token_splitter(args)  # slow on whole documents
+    chunks: dict[str, Chunk] = {}
     for document in documents:
-        text = document.text.encode(errors="replace").decode()  # some PDFs hold half characters
+        text = document["text"].encode(errors="replace").decode()  # PDFs can hold half characters
         for part in by_characters.chunks(text):
-            for chunk in by_tokens.chunks(part):
-                chunks.setdefault(chunk, document._replace(text=chunk))
+            for piece in by_tokens.chunks(part):
+                chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 
 
@@ -108,24 +99,23 @@ EMBED_MODEL = "text-embedding-3-small"
 EMBED_BATCH = 64  # texts a request, which may have 300,000 tokens
 
 
-@cache
-def client() -> Any:
-    """Make OpenAI's client once, to keep its connections. It asks again after 429 and 5xx."""
+def connect(args: Namespace) -> None:
+    """Make the client: it keeps its connections, and asks again after 429 and 5xx."""
     if not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("OPENAI_API_KEY is not set: export it, or uv run --env-file .env ...")
     import openai
 
-    return openai.OpenAI(timeout=60)
+    args.client = openai.OpenAI(timeout=60)
 
 
-def token_splitter(embed_model: str) -> TextSplitter:
+def token_splitter(args: Namespace) -> TextSplitter:
     """Make a splitter for what OpenAI's embedders read: 8,191 tokens."""
     return TextSplitter.from_tiktoken_model("text-embedding-3-small", 8_191)
 
 
-def embed(texts: list[str], embed_model: str) -> np.ndarray:
+def embed(texts: list[str], args: Namespace) -> np.ndarray:
     """Embed texts as unit vectors, float32 (len(texts), dimension)."""
-    response = client().embeddings.create(model=embed_model, input=texts)
+    response = args.client.embeddings.create(model=args.embed_model, input=texts)
     vectors = np.array([item.embedding for item in response.data], np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -142,8 +132,8 @@ COMMIT;
 """
 
 
-def update_index(chunks: list[Document], args: Namespace) -> tuple[list[Document], np.ndarray]:
-    """Make `chunks` the index, embedding the new ones. Without any, take what it holds.
+def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
+    """Make `chunks` the index, embedding what is new; without any, load what it holds.
 
     Each batch of vectors is a transaction, so that a run goes on where one was killed. The rest is
     one more: others see the old chunks or the new. Returns chunks and vectors, float32.
@@ -153,12 +143,12 @@ def update_index(chunks: list[Document], args: Namespace) -> tuple[list[Document
         if db.execute("SELECT * FROM sqlite_master").fetchone():
             raise ValueError(f"{args.index} is another program's database: name another --index")
         db.executescript(SCHEMA)
-    rows = [(*c[:3], args.embed_model, sha256(c.text.encode()).digest()) for c in chunks]
+    rows = [(*c.values(), args.embed_model, sha256(c["text"].encode()).digest()) for c in chunks]
     known = set(db.execute("SELECT model, digest FROM vectors"))
     missing = [row for row in rows if row[3:] not in known]
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
         batch = missing[start : start + EMBED_BATCH]
-        vectors = embed([row[0] for row in batch], args.embed_model)
+        vectors = embed([row[0] for row in batch], args)
         new = [(*row[3:], vector) for row, vector in zip(batch, vectors, strict=True)]
         with db:
             db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", new)
@@ -175,24 +165,24 @@ def update_index(chunks: list[Document], args: Namespace) -> tuple[list[Document
         if None in [row[-1] for row in rows]:
             raise ValueError("another run has changed the index meanwhile: start this one again")
     say(f"index: {len(rows)} chunks, {len(missing)} of them new")
-    vectors = [np.frombuffer(row[-1], np.float32) for row in rows]
-    return [Document(*row[:3]) for row in rows], np.stack(vectors)
+    vectors = np.stack([np.frombuffer(row[-1], np.float32) for row in rows])
+    return [dict(zip(("text", "source", "page"), row[:3], strict=True)) for row in rows], vectors
 
 
 # --- retrieve: FAISS ---
 
 
-def retrieve(question: str, index: tuple[list[Document], Any], args: Namespace) -> list[Document]:
+def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> list[Chunk]:
     """Find the --top-k chunks nearest to the question, the nearest first."""
     import faiss
 
     chunks, vectors = index
-    query = embed([question], args.embed_model)
+    query = embed([question], args)
     k = min(args.top_k, len(chunks))
     # Exact: compares the question with every chunk. For millions there is faiss.index_factory.
     scores, rows = faiss.knn(query, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
     found = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
-    return [chunks[row]._replace(score=score) for row, score in found]
+    return [{"n": n, "score": score, **chunks[row]} for n, (row, score) in enumerate(found, 1)]
 
 
 # --- prompt ---
@@ -205,25 +195,17 @@ If the passages do not hold the answer, say exactly this and nothing more: {REFU
 MAX_ANSWER_TOKENS = 1_024
 
 
-def build_prompt(question: str, hits: list[Document]) -> str:
+def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> str:
     """Write the numbered passages, the nearest first, and then the question."""
     # No text can hold its own digest, so none can close its tag and go on as the prompt.
-    tag = f"passage-{sha256(''.join(hit.text for hit in hits).encode()).hexdigest()[:12]}"
-    prompt = ""
-    for n, hit in enumerate(hits, 1):
-        prompt += f'<{tag} n="{n}" source={json.dumps(hit.source)}>\n{hit.text}\n</{tag}>\n\n'
-    return f"{prompt}Question: {question}"
-
-
-def check_answer(answer: str | None, is_cut: bool, prompt: str, input_tokens: int) -> str:
-    """Return the answer; say if it or the prompt was cut. Raises RuntimeError if it is empty."""
-    if is_cut:
-        say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
-    if input_tokens < len(" ".join(prompt.split())) / 6:  # a token has about four characters
-        say(f"the server cut the prompt to {input_tokens} tokens: set OLLAMA_CONTEXT_LENGTH=16384")
-    if not answer or not answer.strip():
-        raise RuntimeError("the LLM returned no text")
-    return answer.strip()
+    digest = sha256("".join(hit["text"] for hit in hits).encode()).hexdigest()[:12]
+    passages = ""
+    for hit in hits:
+        tag = f'passage-{digest} n="{hit["n"]}" source={json.dumps(hit["source"])}'
+        passages += f"<{tag}>\n{hit['text']}\n</passage-{digest}>\n\n"
+    if args.show_prompt:
+        say(f"{SYSTEM_PROMPT}\n\n{passages}Question: {question}")
+    return f"{passages}Question: {question}"
 
 
 # --- generate: gpt-4o ---
@@ -232,24 +214,20 @@ LLM_MODEL = "gpt-4o"
 OPTIONS = ArgumentParser(add_help=False)  # only this script's: none
 
 
-def connect(args: Namespace) -> None:
-    """Find out if the LLM can be asked, before anything is read or embedded."""
-    client()
-
-
-def generate(question: str, hits: list[Document], args: Namespace) -> tuple[str, dict[str, int]]:
+def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, dict[str, int]]:
     """Let the LLM answer from the passages. Returns the answer and its usage."""
-    prompt = build_prompt(question, hits)
+    prompt = build_prompt(question, hits, args)
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
-    if args.show_prompt:
-        say(json.dumps(messages, indent=2, ensure_ascii=False))
-    completion = client().chat.completions.create(
+    completion = args.client.chat.completions.create(
         model=args.model, messages=messages, max_completion_tokens=MAX_ANSWER_TOKENS
     )
     choice, used = completion.choices[0], completion.usage
-    is_cut = choice.finish_reason == "length"
-    answer = check_answer(choice.message.content, is_cut, prompt, used.prompt_tokens)
-    return answer, {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
+    if choice.finish_reason == "length":
+        say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
+    if used.prompt_tokens < len(prompt) / 8:  # a token has about four characters
+        say("the server cut the prompt: lower --top-k, or set OLLAMA_CONTEXT_LENGTH=16384")
+    usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
+    return choice.message.content, usage
 
 
 # --- answer ---
@@ -258,17 +236,19 @@ def generate(question: str, hits: list[Document], args: Namespace) -> tuple[str,
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and generate for one question after another. Yields what --json prints."""
     for question in args.question or QUESTIONS:
-        record: dict[str, Any] = {"question": question, **UNANSWERED}
+        record = new_record(question, args)
         start = found = time.perf_counter()
         try:
-            hits = retrieve(question, index, args)
+            record["sources"] = retrieve(question, index, args)
             found = time.perf_counter()
-            record["sources"] = [{"n": n, **hit._asdict()} for n, hit in enumerate(hits, 1)]
             if not args.retrieve_only:
-                record["answer"], record["usage"] = generate(question, hits, args)
+                record["answer"], record["usage"] = generate(question, record["sources"], args)
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip()
-        record["seconds"] = {"retrieve": found - start, "generate": time.perf_counter() - found}
+        record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
+        if not args.json:
+            print_sources(record, args)
+            say(f"Answer: {record['answer']}" if record["answer"] else "", sys.stdout)
         yield record
 
 
@@ -278,12 +258,7 @@ SAMPLES = [
     "The lighthouse on Brannock Skerry was lit for the first time in 1874. It has 144 steps.",
     "The ferry to Brannock Skerry sails at 9:15 and 14:40. The crossing takes 55 minutes.",
 ]
-QUESTIONS = [
-    "When was the lighthouse lit for the first time?",
-    "How long does the ferry's crossing take?",
-    "Which team won the football cup?",  # not in the samples: the answer is a refusal
-]
-UNANSWERED = {"answer": None, "error": None, "sources": [], "usage": None}
+QUESTIONS = ["How long does the ferry's crossing take?", "Which team won the football cup?"]
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
@@ -312,26 +287,27 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     return args
 
 
-def say(text: str, file: Any = None) -> None:
+def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print on stderr, or on `file`, without control characters, which can drive a terminal."""
     clean = "".join(char for char in text if char.isprintable() or char in "\n\t")
-    tqdm.write(clean, file=file or sys.stderr)
+    tqdm.write(clean, file or sys.stderr, end)
+    (file or sys.stderr).flush()
 
 
-def print_record(record: dict[str, Any], args: Namespace) -> None:
-    """Print a question with its sources and answer, or with --json all of the record."""
-    if args.json:
-        print(json.dumps(record), flush=True)
-        return
+def new_record(question: str, args: Namespace) -> dict[str, Any]:
+    """Begin what --json prints of a question."""
+    record = {"question": question, "answer": None, "refused": False, "error": None, "sources": []}
+    record |= {"model": args.model, "embed_model": args.embed_model, "usage": None}
+    return record | {"seconds": {**args.seconds, "first_token": None}}
+
+
+def print_sources(record: dict[str, Any], args: Namespace) -> None:
+    """Print a question and what was retrieved for it."""
     say(f"\nQuestion: {record['question']}", sys.stdout)
-    for source in record["sources"]:
-        text = source["text"] if args.retrieve_only else shorten(source["text"], 200)
-        page = f", page {source['page']}" if source["page"] else ""
-        say(f"  [{source['n']}] {source['score']:.2f} {source['source']}{page}: {text}", sys.stdout)
-    if record["answer"]:
-        say(f"Answer: {record['answer']}", sys.stdout)
-    if record["error"]:
-        say(f"error: {record['error']}")
+    for hit in record["sources"]:
+        place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
+        text = hit["text"] if args.retrieve_only else shorten(hit["text"], 200)
+        say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", sys.stdout)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -339,20 +315,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     code = 0
     try:
+        connect(args)
         start = time.perf_counter()
-        if not args.retrieve_only:
-            connect(args)
-        samples = [] if args.index else [Document(text, "sample") for text in SAMPLES]
-        documents = load_documents(args.docs) if args.docs else samples
-        chunks = split_documents(documents, args.embed_model)
+        samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]
+        documents = load_documents(args.docs) if args.docs else [] if args.index else samples
+        chunks = split_documents(documents, args)
         loaded = time.perf_counter()
         index = update_index(chunks, args)
-        seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
+        args.seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
         for record in answer_all(index, args):
-            record["seconds"] |= seconds
             record["refused"] = (record["answer"] or "").startswith(REFUSAL)
-            print_record(record | {"model": args.model, "embed_model": args.embed_model}, args)
-            code = 1 if record["error"] else code
+            if args.json:
+                print(json.dumps(record), flush=True)
+            if record["error"]:
+                say(f"error: {record['error']}")
+                code = 1
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # who reads stdout, like head, has enough

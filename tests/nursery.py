@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from conftest import ROOT, THEIRS, environment
 
@@ -111,9 +112,10 @@ class Nursery:
         return path.read_text() if path.exists() else ""
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Wait until something is so."""
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Wait until something is so, and return it."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+    return found

@@ -7,14 +7,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from conftest import needs_chromium, served
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import expect
 from threadpoolctl import threadpool_limits
 
 import rag_explainer as rag
@@ -29,7 +29,7 @@ SLOW = 60_000  # ms: a model writes at a token in 0.1 s, on a machine that does 
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tmp_path_factory):
     """The address of a server with the built-in domains and hostile documents."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "notes.txt").write_text(f"The fox says {HOSTILE}.\n\nThe owl says nothing.")
@@ -39,13 +39,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def data(url: str) -> dict[str, Any]:
+def data(url):
     with urlopen(f"{url}/data") as response:
         return json.load(response)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+def exported(tmp_path_factory):
     """The address of an export, real but small: a hostile domain, and two questions on cooking."""
     topic = rag.TOPICS[1]
     own = rag.Topic(f"notes {HOSTILE}", (f"The fox says {HOSTILE}",), (rag.Question(HOSTILE),))
@@ -65,23 +65,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Visit:
     """A page that was opened. It fails, when it ends, where the page complained or asked others."""
 
-    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
-        options = {"viewport": {"width": 1280, "height": 800}, "offline": False} | options
+    def __init__(self, browser, url, **options):
+        options = {"viewport": {"width": 1280, "height": 800}} | options
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
         self.url = url.partition("#")[0]
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        said = ("error", "warning")
-        self.page.on(
-            "console", lambda m: self.complaints.append(m.text) if m.type in said else None
-        )
+        self.complaints, self.asked = [], []
+        self.page.on("console", self.hear)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(url)
         expect(self.page.locator("#points .dot").first).to_be_attached()
 
-    def end(self) -> None:
+    def hear(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def end(self):
         page = self.page
         assert page.title() == TITLE, "a hostile text ran"
         assert page.locator("main img, main script").count() == 0
@@ -92,7 +92,7 @@ class Visit:
 
 
 @pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
+def page(browser, url):
     """The served page, on its domain of cooking, at a section that has the model write nothing."""
     visit = Visit(browser, f"{url}#s10")
     visit.page.select_option("#domain", label="cooking")
@@ -100,36 +100,34 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     visit.end()
 
 
-def order(page: Page) -> list[int]:
+def order(page):
     """The table's sentences from the nearest on, by their numbers from 0."""
     rows = page.locator("#distances tbody tr")
     return [int(n) for n in rows.evaluate_all("rows => rows.map(row => row.dataset.n)")]
 
 
-def chosen(page: Page) -> list[int]:
+def chosen(page):
     """The sentences in the prompt, by their numbers from 0."""
     boxes = page.locator("#prompt input:checked")
     return [int(n) for n in boxes.evaluate_all("boxes => boxes.map(box => box.value)")]
 
 
-def slide(locator: Locator, key: str, times: int = 1) -> None:
+def slide(locator, key, times=1):
     locator.focus()
     for _ in range(times):
         locator.press(key)
 
 
-def show(page: Page, section: int) -> Locator:
+def show(page, section):
     page.evaluate("n => document.getElementById(`s${n}`).scrollIntoView()", section)
     return page.locator(f"#s{section}")
 
 
-def drag(page: Page, right: float, down: float) -> None:
+def drag(page, right, down):
     """Drag the question's point by a part of the picture's width, with the mouse."""
     page.locator("#handle").scroll_into_view_if_needed()
     box = page.locator("#handle path").bounding_box()
     picture = page.locator("#map").bounding_box()
-    assert box
-    assert picture
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
@@ -170,33 +168,12 @@ def test_dragging_the_point_ranks_the_sentences_as_numpy_does(page, data):
 def test_arrow_keys_move_the_point_and_escape_takes_it_back(page):
     before = order(page)
     handle = page.locator("#handle")
-    handle.focus()
-    for _ in range(20):
-        handle.press("ArrowRight")
+    slide(handle, "ArrowRight", 20)
     assert order(page) != before
     assert re.search(r"moved; nearest are sentences \d", handle.get_attribute("aria-valuetext"))
     handle.press("Escape")
     assert order(page) == before
     expect(page.locator("#handle text")).to_have_text("question")
-
-
-def test_a_drag_updates_the_table_within_a_frame(page):
-    page.evaluate("""() => {
-        window.took = [];
-        let began;
-        addEventListener("pointermove", () => { began = performance.now(); }, {capture: true});
-        addEventListener("pointermove", () => {
-            document.getElementById("distances").offsetHeight; // the layout, too
-            took.push(performance.now() - began);
-        });
-    }""")
-    for _ in range(3):
-        drag(page, 0.3, -0.1)
-        drag(page, -0.3, 0.1)
-    took = page.evaluate("took")
-    assert len(took) > 60
-    print(f"drag to updated table: median {np.median(took):.1f} ms, {len(took)} moves")
-    assert np.median(took) < 16
 
 
 def test_k_goes_from_one_to_all(page, data):
@@ -221,13 +198,13 @@ def test_mmr_takes_what_numpy_takes(page, data):
     similarities, cosines = np.array(question["similarities"]), np.array(domain["cosines"])
     slide(page.locator("#k"), "ArrowRight", 2)
     slide(page.locator("#lambda"), "End")
-    seen = []
-    for step in range(20, -1, -1):
+    seen = set()
+    for step in range(20, -1, -4):
         expect(page.locator("#lambda-value")).to_have_text(f"{step / 20:.2f}")
         assert chosen(page) == rag.mmr(similarities, cosines, 4, step / 20)
-        seen.append(tuple(chosen(page)))
-        page.locator("#lambda").press("ArrowLeft")
-    assert len(set(seen)) > 2
+        seen.add(tuple(chosen(page)))
+        slide(page.locator("#lambda"), "ArrowLeft", 4)
+    assert len(seen) > 2
 
 
 def test_another_domain_has_other_points_and_its_honesty(page, data):
@@ -254,21 +231,18 @@ def test_a_typed_question_gets_its_real_place(page, data):
     page.fill("#typed", text)
     page.press("#typed", "Enter")
     expect(page.locator("#question option:checked")).to_have_text(text, timeout=SLOW)
-    similarities = rag_similarities(text, data["domains"][1]["sentences"])
+    embedder = rag.MiniLM()
+    vectors = np.stack([embedder.embed(each) for each in data["domains"][1]["sentences"]])
+    similarities = vectors @ embedder.embed(text)
     assert order(page) == rag.retrieve(similarities, 8)
     shown = page.locator("#distances tbody td:nth-child(4)").all_inner_texts()
     assert np.allclose([float(cell) for cell in shown], np.sort(similarities)[::-1], atol=0.006)
 
 
-def rag_similarities(text: str, sentences: list[str]) -> Any:
-    embedder = rag.MiniLM()
-    return np.stack([embedder.embed(sentence) for sentence in sentences]) @ embedder.embed(text)
-
-
 # --- generation ----------------------------------------------------------------------------------
 
 
-def words(lane: Locator) -> list[str]:
+def words(lane):
     return lane.locator("li:not(.later) .word").all_inner_texts()
 
 
@@ -279,11 +253,7 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     expect(bare.locator(".verdict")).to_have_text("✗ Wrong: it is “19 hours”.", timeout=SLOW)
     expect(helped.locator(".verdict")).to_have_text("✓ Right.", timeout=SLOW)
     whole = words(helped)
-    assert "hours" in "".join(whole)
     assert "hours" in "".join(helped.locator(".copied .word").all_inner_texts())
-    assert helped.locator(".copied .mark").all_inner_texts() == ["copied"] * (
-        helped.locator(".copied").count()
-    )
     section.get_by_role("button", name="From the start").click()
     section.get_by_role("button", name="Pause").click()
     count = len(words(helped))
@@ -309,19 +279,20 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     copied = page.locator("#heat .cell").evaluate_all(shades)
     page.click("#heads-all")
     assert page.locator("#heat .cell").evaluate_all(shades) != copied
-    page.select_option("#heads", "layer 3")
-    expect(page.locator("#heads-all")).to_have_attribute("aria-pressed", "false")
 
     # The sum: its terms add up, and temperature moves the trust.
     show(page, 8)
     rows = page.locator("#sum tbody tr")
     expect(rows).to_have_count(5, timeout=SLOW)
-    expect(page.locator("#odds")).to_contain_text("times as likely as after the question")
-    priors = [float(row.locator("td").nth(1).inner_text()) for row in rows.all()[:2]]
-    assert sum(priors) == pytest.approx(1, abs=0.002)
+
+    def priors():
+        return [float(row.locator("td").nth(1).inner_text()) for row in rows.all()[:2]]
+
+    sharp = priors()
+    assert sum(sharp) == pytest.approx(1, abs=0.002)
     slide(page.locator("#temperature"), "End")
-    flat = [float(row.locator("td").nth(1).inner_text()) for row in rows.all()[:2]]
-    assert abs(flat[0] - flat[1]) < abs(priors[0] - priors[1])
+    flat = priors()
+    assert abs(flat[0] - flat[1]) < abs(sharp[0] - sharp[1])
 
     # Without the sentence that holds it, the fact is gone.
     show(page, 5)
@@ -331,13 +302,9 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     assert words(helped) != whole
 
 
-def test_an_empty_answer_is_said_and_the_next_one_comes(page):
-    told: dict[str, Any] = {
-        "answer": "",
-        "stopped": "end",
-        "prompt": "",
-        "columns": [{"text": "a", "sentence": 0}],
-    }
+def test_an_empty_answer_is_said(page):
+    told: Any = {"answer": "", "stopped": "end", "prompt": ""}
+    told |= {"columns": [{"text": "a", "sentence": 0}]}
     told |= {"attention": {"maps": [], "shape": [0, 0, 0], "shares": "", "sink": ""}}
     body = "".join(f"event: {name}\ndata: {json.dumps(told)}\n\n" for name in ("prompt", "done"))
     page.route("**/generate", lambda route: route.fulfill(body=body))
@@ -345,40 +312,6 @@ def test_an_empty_answer_is_said_and_the_next_one_comes(page):
     expect(page.locator("#heat-told")).to_have_text("It wrote nothing.", timeout=SLOW)
     show(page, 8)
     expect(page.locator("#odds")).to_have_text("It wrote nothing.")
-    page.unroute("**/generate")
-    page.select_option("#question", index=1)
-    show(page, 7)
-    expect(page.locator("#heat-sum")).to_contain_text("by the copying heads", timeout=SLOW)
-
-
-def test_a_late_place_of_a_typed_question_does_not_pull_the_reader_back(page):
-    held = []
-    page.route("**/embed", lambda route: held.append(route))
-    page.fill("#typed", "What do people put into stew?")
-    page.press("#typed", "Enter")
-    page.select_option("#domain", label="medicine")
-    with page.expect_response("**/embed"):
-        held[0].continue_()
-    page.unroute("**/embed")
-    expect(page.locator("#domain option:checked")).to_have_text("medicine")
-    expect(page.locator("#question option")).to_have_count(5)
-
-
-LESSONS = ["The wrong texts", "k too large", "Redundant documents", "Two hops"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("title", LESSONS)
-def test_each_failure_happens_and_is_mended(page, title):
-    show(page, 9)
-    card = page.locator(".card", has_text=title)
-    for button in card.get_by_role("button").all():
-        before = chosen(page)
-        button.click()
-        right = button.inner_text() != "Make it fail"
-        expected = "✓ Right." if right else "✗ Wrong"
-        expect(card.locator(".outcome")).to_contain_text(expected, timeout=SLOW)
-        assert chosen(page) != before or title == "The wrong texts"
 
 
 # --- hostile text --------------------------------------------------------------------------------
@@ -402,15 +335,50 @@ def test_hostile_documents_and_questions_are_text(browser, url):
     visit.end()
 
 
-# --- the export ----------------------------------------------------------------------------------
+def test_a_script_that_has_ended_is_told_of(browser, url):
+    visit = Visit(browser, url)
+    visit.context.set_offline(True)
+    visit.page.fill("#typed", "Who?")
+    visit.page.press("#typed", "Enter")
+    expect(visit.page.locator("#typed-note")).to_contain_text("has ended: start it again")
+    visit.complaints = [c for c in visit.complaints if "Failed to load resource" not in c]
+    visit.end()
+
+
+def test_the_python_behind_each_section_is_the_scripts_own(page, data):
+    shown = page.locator("details[data-code]").all()
+    assert len(shown) == 9
+    for details in shown:
+        names = (details.get_attribute("data-code") or "").split()
+        code = "\n".join(data["code"][name] for name in names)
+        assert details.locator("pre").text_content() == code
+    assert page.locator("#model").text_content() == data["code"]["model"]
+
+
+# --- the export, for everybody -------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(browser, exported):
+    """Opens the export, at a width, without a network: its page."""
+    visits = []
+
+    def visit(width=1280, **options):
+        size = {"width": width, "height": 800}
+        options = {"offline": True, "reduced_motion": "reduce", "viewport": size} | options
+        visits.append(Visit(browser, exported, **options))
+        return visits[-1].page
+
+    yield visit
+    for visit in visits:
+        visit.end()
+        assert visit.asked == [exported]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 820, 1440])
-def test_an_export_works_without_a_network_at_every_width(browser, exported, width):
-    size = {"width": width, "height": 800}
-    visit = Visit(browser, exported, viewport=size, offline=True, reduced_motion="reduce")
-    page = visit.page
+def test_an_export_works_without_a_network_at_every_width(offline, width):
+    page = offline(width)
     assert page.locator("#typed").is_disabled()
     expect(page.locator("#typed-note")).to_contain_text("An exported file has no model")
     section = show(page, 6)
@@ -427,103 +395,43 @@ def test_an_export_works_without_a_network_at_every_width(browser, exported, wid
     expect(page.locator(".outcome")).to_contain_text("✗ Wrong")
     page.get_by_role("button", name="Choose by MMR").click()
     expect(page.locator(".outcome")).to_contain_text("✓ Right.")
-    for n in range(1, 11):
-        show(page, n)
-    page.select_option("#domain", index=0)
-    expect(page.locator("#sentences li")).to_contain_text("<script>document.title")
-    visit.end()
-    assert visit.asked == [exported]
-
-
-@pytest.mark.slow
-def test_what_an_export_has_no_answer_for_is_said(browser, exported):
-    visit = Visit(browser, exported, offline=True)
-    slide(visit.page.locator("#k"), "ArrowRight")
-    section = show(visit.page, 6)
+    slide(page.locator("#k"), "Home")
+    slide(page.locator("#k"), "ArrowRight", 3)
+    show(page, 6)
     verdict = section.locator(".verdict").last
     expect(verdict).to_contain_text("holds no answer for this choice")
-    verdict.get_by_role("button").click()
-    expect(verdict).to_have_text("✓ Right.", timeout=SLOW)
-    visit.end()
+    verdict.get_by_role("button").click()  # the nearest choice that it holds an answer for
+    expect(verdict).not_to_contain_text("holds no answer")
+    page.select_option("#domain", index=0)
+    expect(page.locator("#sentences li")).to_contain_text("<script>document.title")
 
 
 @pytest.mark.slow
-def test_the_first_paint_comes_soon_and_nothing_shifts(browser, exported):
-    visit = Visit(browser, exported, offline=True)
-    page = visit.page
-    page.evaluate("""() => {
-        window.shifts = 0;
-        new PerformanceObserver(list => {
-            for (const entry of list.getEntries()) shifts += entry.value * !entry.hadRecentInput;
-        }).observe({type: "layout-shift", buffered: true});
-    }""")
-    for n in range(1, 11):
-        show(page, n)
-        page.wait_for_timeout(200)
-    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    print(f"first paint of a small export: {paint:.0f} ms")
-    assert paint < 1_000, "0.3 s is asked of a quiet machine"
-    assert page.evaluate("shifts") < 0.1  # "good", by web.dev
-    visit.end()
-
-
-# --- for everybody -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_tour_leads_through_eight_steps(browser, exported):
-    visit = Visit(browser, exported, offline=True, reduced_motion="reduce")
-    page = visit.page
+def test_the_tour_leads_through_eight_steps(offline):
+    page = offline()
     page.click("#start-tour")
     for step in range(1, 9):
         expect(page.locator("#tour-place")).to_have_text(f"Step {step} of 8")
         expect(page.locator(f"#s{step}")).to_be_in_viewport()
         page.click("#tour-next")
     expect(page.locator("#tour")).to_be_hidden()
-    page.click("#start-tour")
-    page.keyboard.press("Escape")
-    expect(page.locator("#tour")).to_be_hidden()
-    visit.end()
-
-
-def test_each_section_is_short_and_shows_the_python_behind_it(page, data):
-    prose = page.locator("section .prose")
-    assert prose.count() == 10
-    for section in prose.all():
-        text = " ".join(section.locator("p").all_inner_texts())
-        assert len(text.split()) <= 80, text
-    shown = page.locator("details[data-code]").all()
-    assert len(shown) == 9
-    for details in shown:
-        names = (details.get_attribute("data-code") or "").split()
-        code = "\n".join(data["code"][name] for name in names)
-        assert details.locator("pre").text_content() == code
-    assert page.locator("#model").text_content() == data["code"]["model"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_in_either_look(browser, exported, scheme):
-    from axe_playwright_python.sync_playwright import Axe
-
-    visit = Visit(browser, exported, color_scheme=scheme, reduced_motion="reduce")
+def test_axe_finds_nothing_in_either_look(offline, scheme):
+    page = offline(color_scheme=scheme)
     for n in range(1, 11):
-        show(visit.page, n)
-        visit.page.wait_for_timeout(100)
-    visit.page.get_by_role("button", name="Make it fail").click()
-    found = Axe().run(visit.page)
+        show(page, n)
+        page.wait_for_timeout(100)
+    page.get_by_role("button", name="Make it fail").click()
+    found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
-    look = "getComputedStyle(document.body).backgroundColor"
-    before = visit.page.evaluate(look)
-    visit.page.click("#look")
-    assert visit.page.evaluate(look) != before
-    visit.end()
 
 
 @pytest.mark.slow
-def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(browser, exported):
-    visit = Visit(browser, exported, reduced_motion="reduce")
-    page = visit.page
+def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(offline):
+    page = offline()
     reached = set()
     while True:
         page.keyboard.press("Tab")
@@ -540,16 +448,3 @@ def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(brows
         reached.add(told[0])
         assert told[1:] == [True, True], told
     assert {"handle", "k", "lambda", "mmr", "heat", "heads", "temperature"} <= reached
-    visit.end()
-
-
-def test_a_script_that_has_ended_is_told_of(browser, url):
-    visit = Visit(browser, url)
-    visit.context.set_offline(True)
-    visit.page.fill("#typed", "Who?")
-    visit.page.press("#typed", "Enter")
-    expect(visit.page.locator("#typed-note")).to_contain_text(
-        "The script has ended: start it again"
-    )
-    visit.complaints = [c for c in visit.complaints if "Failed to load resource" not in c]
-    visit.end()
