@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import docx
 import pytest
@@ -64,10 +65,11 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def _forget_clients() -> None:
     """Drop the clients that the scripts keep, which have the address of an earlier fake."""
     scripts = [module for name, module in sys.modules.items() if name.startswith("rag_")]
-    for script in scripts:
-        for name in ("client", "claude", "ollama"):
-            if kept := getattr(script, name, None):
-                kept.cache_clear()
+    for kept in [
+        getattr(module, name, None) for module in scripts for name in ("client", "ollama")
+    ]:
+        if kept:
+            kept.cache_clear()
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch, is_ollama: bool) -> Iterator[FakeLLM]:
@@ -90,6 +92,26 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
 def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
     """An Ollama server, to which the environment points."""
     yield from _serve(monkeypatch, is_ollama=True)
+
+
+@pytest.fixture(scope="session")
+def _load_embedder() -> Callable[..., Any]:
+    from sentence_transformers import SentenceTransformer
+
+    loaded: dict[str, Any] = {}
+
+    def load(path: str, **options: Any) -> Any:
+        if path not in loaded:
+            loaded[path] = SentenceTransformer(path, **options)
+        return loaded[path]
+
+    return load
+
+
+@pytest.fixture
+def embedder_loaded_once(_load_embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of a session share an embedder, which takes a second to load."""
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", _load_embedder)
 
 
 @functools.cache
