@@ -28,13 +28,9 @@ sys.path.insert(0, str(ROOT))  # so that a test can `import rag_faiss_openai`
 # What a user's environment could change in a run.
 THEIRS = ("OPENAI_", "ANTHROPIC_", "OLLAMA_", "HF_", "LLAMA_", "CHROMA_", "TQDM_")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(
-    not CHROMIUM, reason="there is no Chromium: apt install chromium"
-)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium")
 READY = r"ready: (\S+)"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-
-
 guard = runpy.run_path(str(GUARD / "sitecustomize.py"))["guard"]
 
 
@@ -94,24 +90,20 @@ def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
     yield from _serve(monkeypatch, is_ollama=True)
 
 
-@pytest.fixture(scope="session")
-def _load_embedder() -> Callable[..., Any]:
-    from sentence_transformers import SentenceTransformer
-
-    loaded: dict[str, Any] = {}
-
-    def load(path: str, **options: Any) -> Any:
-        if path not in loaded:
-            loaded[path] = SentenceTransformer(path, **options)
-        return loaded[path]
-
-    return load
+EMBEDDERS: dict[str, Any] = {}
 
 
 @pytest.fixture
-def embedder_loaded_once(_load_embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the runs of a session share an embedder, which takes a second to load."""
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", _load_embedder)
+def embedder_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs in this process share an embedder, which takes a second to load."""
+    from sentence_transformers import SentenceTransformer
+
+    def load(path: str, **options: Any) -> Any:
+        if path not in EMBEDDERS:
+            EMBEDDERS[path] = SentenceTransformer(path, **options)
+        return EMBEDDERS[path]
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", load)
 
 
 @functools.cache
