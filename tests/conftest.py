@@ -96,7 +96,10 @@ EMBEDDERS: dict[str, Any] = {}
 @pytest.fixture
 def embedder_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runs in this process share an embedder, which takes a second to load."""
+    import torch
     from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(1)  # the other cores are for the other workers
 
     def load(path: str, **options: Any) -> Any:
         if path not in EMBEDDERS:
