@@ -20,7 +20,6 @@ import tempfile
 import threading
 from argparse import Namespace
 from contextlib import closing
-from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -523,46 +522,47 @@ def test_a_run_that_is_killed_keeps_the_old_index_and_its_batches(script, kept, 
 
 
 @with_sqlite_once
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("is_indexed", [False, True])
 def test_another_run_at_any_moment_mixes_nothing(rag, monkeypatch, tmp_path, options, is_indexed):
-    texts = [["Shared.", *(f"{name} {n}" for n in range(9))] for name in ("ours", "theirs")]
-    ours, theirs = [[{"text": t, "source": "a.txt", "page": None} for t in own] for own in texts]
-    monkeypatch.setattr(rag, "EMBED_BATCH", 5)
+    ours, theirs = [["Shared.", *(f"{name} {n}" for n in range(3))] for name in ("our", "their")]
+    args = options()
+    monkeypatch.setattr(rag, "EMBED_BATCH", 2)
     countdown = SimpleNamespace(left=0)
 
-    def start_theirs():
+    def update(texts):
+        chunks = [{"text": text, "source": "a.txt", "page": None} for text in texts]
+        try:
+            assert [chunk["text"] for chunk in rag.update_index(chunks, args)[0]] == texts
+        except ValueError as error:
+            assert "another run has changed" in str(error)  # noqa: PT017
+
+    def start_theirs(statement):
         countdown.left -= 1
         if countdown.left == 0:
             thread.start()
-            thread.join(0.1)  # it ends, or waits for our transaction
+            thread.join(0.05)  # it ends, or waits for our transaction
 
-    class Connection(sqlite3.Connection):
-        def execute(self, *sql):
-            start_theirs()
-            return super().execute(*sql)
+    def connect(*args, **options):
+        db = connect_untraced(*args, **options)
+        db.set_trace_callback(start_theirs)
+        return db
 
-        def executemany(self, *sql):
-            start_theirs()
-            return super().executemany(*sql)
-
-    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
-    args = options()
+    connect_untraced = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
     for step in range(1, 99):
         args.index = tmp_path / f"kept-{step}"
         if is_indexed:
-            rag.update_index(ours, args)
-        thread = threading.Thread(target=rag.update_index, args=(theirs, args))
+            update(ours)
+        thread = threading.Thread(target=update, args=[theirs])
         countdown.left = step
-        try:
-            assert [chunk["text"] for chunk in rag.update_index(ours, args)[0]] == texts[0]
-        except ValueError as error:
-            assert "another run has changed" in str(error)  # noqa: PT017
+        update(ours)
         if countdown.left > 0:
             return
         thread.join()
         chunks, vectors = rag.update_index([], args)
         held = [chunk["text"] for chunk in chunks]
-        assert held in texts
+        assert held in (ours, theirs)
         assert (vectors * rag.embed(held, args)).sum(1) == pytest.approx(1, abs=1e-3)
 
 
