@@ -160,15 +160,15 @@ FAULTS = {
     "completions.acreate": (".completions.create(", ".completions.acreate("),
     "delta.get": ("choice.message.content", 'choice.delta.get("content")'),
     "another embedder": (
-        "query = embed([question]",
-        'args.embed_model = "text-embedding-3-large"\n    query = embed([question]',
+        "    scores, rows = ",
+        '    args.embed_model = "text-embedding-3-large"\n    scores, rows = ',
     ),
-    "swapped vectors": ("for row in rows])", "for row in reversed(rows)])"),
+    "swapped vectors": ("for vector in found])", "for vector in found[::-1]])"),
     "a chat model that embeds": ('"text-embedding-3-small"\nEMBED_BATCH', '"gpt-4o"\nEMBED_BATCH'),
     "no system role": ('"role": "system"', '"role": "instructions"'),
     "the farthest first": ("in enumerate(found, 1)]", "in enumerate(reversed([*found]), 1)]"),
-    "no question": ('return f"{passages}Question: {question}"', "return passages"),
-    "a passage too few": ("for hit in hits:\n        tag", "for hit in hits[1:]:\n        tag"),
+    "no question": ('prompt += f"Question: {question}"', "pass"),
+    "a passage too few": ("(hits, 1):\n        prompt", "(hits[1:], 1):\n        prompt"),
     "long vectors": ("return vectors / np", "return vectors * 2 / np"),
 }
 
