@@ -468,27 +468,28 @@ def test_another_embedder_makes_the_index_its_own_or_is_refused(script, ask, kep
     assert ask("--index", kept.path, "--retrieve-only", "praised").code == 2
 
 
-LOOKALIKE = """CREATE TABLE vectors (model, digest, vector);
-CREATE TABLE chunks (text, source, page, model, digest)"""
 FOREIGN = {
-    "a database": lambda path: sqlite3.connect(path).executescript(LOOKALIKE),
+    "a database": lambda path: sqlite3.connect(path).executescript("PRAGMA application_id = 7"),
     "a text": lambda path: path.write_text("Dear diary, " * 100),
     "a short text": lambda path: path.write_text("Dear diary"),
-    "a folder": lambda path: path.mkdir(),
+    "a folder": lambda path: path.unlink() or path.mkdir(),
 }
 
 
 @with_sqlite
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_no_index_of_ours_is_refused_and_left_as_it_was(ask, notes, kind):
-    foreign = notes / "foreign"
-    FOREIGN[kind](foreign)
-    before = {path: path.is_file() and path.read_bytes() for path in notes.iterdir()}
+def test_what_is_no_index_of_ours_is_refused_and_left_as_it_was(ask, kept, notes, kind):
+    def state():
+        return {path: path.is_file() and path.read_bytes() for path in kept.path.parent.iterdir()}
+
+    kept.update(notes)
+    FOREIGN[kind](kept.path)
+    before = state()
     for args in (["--docs", notes], []):
-        done = ask("--index", foreign, *args, LIGHTHOUSE)
+        done = ask("--index", kept.path, *args, LIGHTHOUSE)
         assert (done.code, done.out) == (2, "")
-        assert re.fullmatch(f"error: {foreign}\\b.+", done.err.splitlines()[-1])
-    assert {path: path.is_file() and path.read_bytes() for path in notes.iterdir()} == before
+        assert re.fullmatch(f"error: {kept.path}\\b.+", done.err.splitlines()[-1])
+    assert state() == before
 
 
 def write_lines(folder, version, count):
