@@ -75,7 +75,8 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     for path in paths:
         names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "": path is a file
         files = [Path(path, name) for name in names if not name or name.lower().endswith(KINDS)]
-        for file in tqdm(files, f"reading {path}", disable=None):
+        say(f"{path}: {len(files)} files of the kinds {' '.join(KINDS)}")
+        for file in tqdm(files, "reading", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
@@ -243,8 +244,10 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 
 # --- command line ---
 
-SAMPLES = """The lighthouse on Brannock Skerry was lit for the first time in 1874. It has 144 steps.
-The ferry to Brannock Skerry sails at 9:15 and 14:40. The crossing takes 55 minutes.""".splitlines()
+SAMPLES = [
+    "The lighthouse on Brannock Skerry was lit for the first time in 1874. It has 144 steps.",
+    "The ferry to Brannock Skerry sails at 9:15 and 14:40. The crossing takes 55 minutes.",
+]
 QUESTIONS = ["How long does the ferry's crossing take?", "Which team won the football cup?"]
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
