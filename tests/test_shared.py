@@ -1,296 +1,231 @@
-"""What every script keeps to: equal copies, an import that only defines names, a fast `--help`."""
+"""What every script keeps to: equal sections, lengths, versions, the CPU build of torch."""
 
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
 import ast
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
-from pathlib import Path
+import types
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, command, environment
+from test_contract import SCRIPTS, call, demonstration_faults
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("rag_*.py"))
-CANONICAL = "rag_faiss_openai.py"
-HEAVY = ["torch", "sentence_transformers", "chromadb", "faiss", "openai", "anthropic", "numpy"]
-HEAVY += ["xllamacpp", "pypdf", "bs4", "docx2txt", "gguf", "tokenizers", "starlette", "uvicorn"]
-IN_NUMPY = "rag_explainer.py"  # whose every function computes: it imports numpy, 0.1 s, at its top
-each_script = pytest.mark.parametrize("script", SCRIPTS)
+SMALL = [f"{script.name}.py" for script in SCRIPTS]
+WITH_TORCH = sorted(p.name for p in ROOT.glob("rag_*.py") if "whl/cpu" in p.read_text())
+MOST_LINES = dict.fromkeys(SMALL, 350) | {"rag_local_ollama.py": 390}  # which has two LLMs
+MOST_LINES_IN_ALL = 1_720
+MOST_LINES_OF_A_FUNCTION = 50
+each_small = pytest.mark.parametrize("script", SMALL)
 
 
-def block_of(script):
-    text = (ROOT / script).read_text("utf-8")
+def read_block(text):
     block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", text)
-    assert block, f"{script} has no PEP 723 block"
+    assert block
     return tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
 
 
-# --- the copies ----------------------------------------------------------------------------------
+# --- sections ---
 
 
 def sync(root, *args):
-    command = [sys.executable, str(root / "tools" / "sync_shared.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True)
+    python = [sys.executable, str(root / "tools" / "sync_shared.py"), *args]
+    return subprocess.run(python, capture_output=True, text=True)
 
 
 @pytest.fixture
 def copies(tmp_path):
-    """A copy of the scripts, the tool and pyproject.toml; another.py copies the canonical one."""
-    root = tmp_path / "copies"
-    (root / "tools").mkdir(parents=True)
-    for name in [*SCRIPTS, "pyproject.toml", "tools/sync_shared.py"]:
-        shutil.copy(ROOT / name, root / name)
-    return root
+    """The small scripts with the tool, and a second copy of the first script."""
+    (tmp_path / "tools").mkdir()
+    for name in [*SMALL, "pyproject.toml", "tools/sync_shared.py"]:
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / SMALL[0], tmp_path / "rag_copy.py")
+    return tmp_path
 
 
-def test_the_shared_parts_of_all_scripts_are_equal():
-    done = sync(ROOT)
-    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+def test_the_scripts_agree(copies):
+    for root in (ROOT, copies):
+        done = sync(root)
+        assert done.returncode == 0, done.stdout
 
 
-OTHER = "rag_local_ollama.py"
-CHANGES = [
-    ("load_documents", 'raise Failure(f"no such file', 'raise Failure(f"no file'),
-    ("Chunk", "    @property\n", ""),
-    ("TOP_K", "# more passages find more", "# more passages find less"),
-    ("openai", '"openai>=3.51,<4"', '"openai>=3.50,<4"'),
-    ("exclude-newer", '2026-11-14T00:00:00Z"', '2026-11-15T00:00:00Z"'),
-    ("requires-python", '">=3.11"', '">=3.12"'),
-]
-
-
-@pytest.mark.parametrize(("name", "old", "new"), CHANGES, ids=[change[0] for change in CHANGES])
-def test_a_change_in_one_copy_is_named_and_mended(copies, name, old, new):
-    before = {path: path.read_bytes() for path in sorted(copies.glob("*.*"))}
-    target = copies / OTHER
-    assert old in target.read_text()
-    target.write_text(target.read_text().replace(old, new, 1))
-    done = sync(copies, "--check")
-    assert done.returncode == 1
-    [line] = done.stdout.splitlines()
-    assert line.startswith(f"{OTHER}: {name} ")
-    assert line.endswith(": uv run tools/sync_shared.py --fix")
-    assert target.read_bytes() != before[target], "--check must not write"
-    mended = sync(copies, "--fix")
-    assert mended.returncode == 0
-    assert f"{OTHER}: {name} " in mended.stdout
-    assert {path: path.read_bytes() for path in sorted(copies.glob("*.*"))} == before
-
-
-@pytest.mark.parametrize("name", ["TOP_K", "Document", "split_text", "printable", "main"])
-def test_a_part_that_is_missing_is_put_back_in_its_place(copies, name):
-    target = copies / OTHER
-    before, tree = target.read_text(), ast.parse(target.read_text())
-    node = next(
-        node
-        for node in tree.body
-        if name == getattr(node, "name", getattr(getattr(node, "targets", [None])[0], "id", None))
-    )
-    lines = before.splitlines(keepends=True)
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    blanks = 0 if isinstance(node, ast.Assign) else 2
-    target.write_text("".join(lines[: first - 1 - blanks] + lines[node.end_lineno :]))
-    done = sync(copies)
-    assert f"{OTHER}: {name} is missing" in done.stdout
-    assert sync(copies, "--fix").returncode == 0
-    assert target.read_text() == before
-
-
-def test_a_duplicate_that_no_group_declares_is_named(copies):
-    for name in (CANONICAL, OTHER):
-        with (copies / name).open("a") as file:
-            file.write("\n\ndef sneaky():\n    return 1\n")
+def test_a_changed_section_is_named_and_mended(copies):
+    changed = copies / "rag_copy.py"
+    text = changed.read_text()
+    changed.write_text(text.replace("def load_documents(paths", "def load_documents(places"))
     done = sync(copies)
     assert done.returncode == 1
-    assert "sneaky is that of" in done.stdout
-    assert sync(copies, "--fix").returncode == 1, "the table is mended by hand"
+    assert "rag_copy.py" in done.stdout
+    assert "'load and split' differs" in done.stdout
+    assert "places" in changed.read_text(), "without --fix nothing is written"
+    assert sync(copies, "--fix", SMALL[0]).returncode == 0
+    assert changed.read_text() == text
+    assert sync(copies).returncode == 0
 
 
-def test_an_exception_that_is_none_is_named(copies):
-    shutil.copy(copies / CANONICAL, copies / "rag_async.py")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("pypdf[crypto]>=7.1", "pypdf[crypto]>=7.0"), ("2026-11-14", "2026-11-15"), ("3.11", "3.12")],
+)
+def test_versions_that_differ_from_pyproject_are_named(copies, old, new):
+    changed = copies / "rag_copy.py"
+    changed.write_text(changed.read_text().replace(old, new, 1))
     done = sync(copies)
     assert done.returncode == 1
-    assert "rag_async.py: main is equal: take it out of EXCEPTIONS" in done.stdout
+    assert re.search(f"^rag_copy.py: .*{re.escape(new)}", done.stdout, re.M)
 
 
-def test_the_table_may_be_checked_with_the_canonical_script_alone(copies):
-    for name in SCRIPTS:
-        if name != CANONICAL:
-            (copies / name).unlink()
-    assert sync(copies).stdout == ""
+# --- each script ---
 
 
-# --- each script ---------------------------------------------------------------------------------
+def test_the_scripts_keep_to_their_lengths():
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in SMALL}
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES[name]} == {}
+    assert sum(lengths.values()) <= MOST_LINES_IN_ALL
 
-IMPORTED = """
-import json, socket, sys
-opened, heavy = [], json.loads(sys.argv[2])
+
+@each_small
+def test_no_line_is_too_wide_and_no_function_too_long(script):
+    text = (ROOT / script).read_text()
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_A_FUNCTION, node.name
+
+
+@each_small
+def test_a_script_starts_as_a_program_and_names_what_it_imports(script):
+    text = (ROOT / script).read_text()
+    assert text.startswith("#!/usr/bin/env -S uv run --script\n# /// script\n")
+    assert text.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
+    assert os.access(ROOT / script, os.X_OK)
+    dependencies = read_block(text)["dependencies"]
+    assert dependencies == sorted(dependencies)
+    for dependency in dependencies:
+        assert re.fullmatch(r"[a-z0-9.-]+(\[\w+\])?(>=[\d.]+,<[\d.]+|==[\d.]+)", dependency)
+    named = {re.split(r"[\[<>=]", name)[0].replace("-", "_") for name in dependencies}
+    known = {"bs4": "beautifulsoup4", "faiss": "faiss_cpu"}
+    imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", text)) - sys.stdlib_module_names
+    brought = {"transformers"}  # by sentence-transformers
+    assert {known.get(name, name) for name in imported} - brought <= named
+
+
+@each_small
+def test_a_script_copied_alone_runs_and_its_help_is_the_docstring(script, tmp_path):
+    command(script)  # its environment may be made from the index, that of the copy may not
+    shutil.copy(ROOT / script, tmp_path)
+    uv_run = ["uv", "run", "--offline", script, "--help"]
+    told = subprocess.check_output(uv_run, cwd=tmp_path, env=clean_environment(), text=True)
+    assert [path.name for path in tmp_path.iterdir()] == [script], "it left something behind"
+    doc = ast.get_docstring(ast.parse((ROOT / script).read_text())) or "none"
+    assert doc in told
+    examples = re.findall(r"^    uv run (\S+)(.*)$", doc, re.M)
+    assert [name for name, _ in examples] == [script] * 3
+    options = re.findall(r"(?<!\w)--[a-z-]+", " ".join(rest for _, rest in examples))
+    assert set(options) <= set(re.findall(r"--[a-z-]+", told.partition("options:")[2]))
+
+
+IMPORT = """
+import argparse, glob, json, numpy, semantic_text_splitter, sqlite3, sys, textwrap, tqdm
 def audit(event, args):
-    if event.startswith("socket.") or (event == "open" and isinstance(args[0], str)):
-        name, how = str(args[0]), args[1] if event == "open" else "connect"
-        read = how in ("r", "rb", None) and not (args[2] or 0) & 0x3 if event == "open" else False
-        if not (read and name.endswith((".py", ".pyc", ".pth", ".so", "METADATA"))):
-            if "__pycache__" not in name:
-                opened.append(f"{event} {name} {how}")
+    if event.startswith(("open", "socket.", "subprocess.", "sqlite3.", "os.mkdir")):
+        if not str(args[0]).endswith((".py", ".pyc")) and "__pycache__" not in str(args):
+            print(event, args)
 sys.path.insert(0, sys.argv[1])
-import filelock, tqdm, argparse  # light ones, which may read what they like
 sys.addaudithook(audit)
-try:
-    module = __import__(sys.argv[3])
-    code = module.main(json.loads(sys.argv[4])) if sys.argv[4] != "null" else 0
-except SystemExit as end:
-    code = end.code
-print(json.dumps({"heavy": sorted(set(heavy) & set(sys.modules)), "opened": opened, "code": code}),
-      file=sys.__stderr__)
+__import__(sys.argv[2])
 """
 
 
-def imported(script, argv=None, env=None):
-    """Import a script in a new process, call its main with `argv`, and tell what that loaded."""
-    arguments = [str(ROOT), json.dumps(HEAVY), script.removesuffix(".py"), json.dumps(argv)]
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTED, *arguments],
-        capture_output=True,
-        text=True,
-        env=clean_environment() | (env or {}),
-    )
-    return json.loads(done.stderr.splitlines()[-1]), done
+@each_small
+def test_importing_a_script_defines_names_only(script):
+    python = [sys.executable, "-c", IMPORT, str(ROOT), script.removesuffix(".py")]
+    done = subprocess.run(python, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@each_script
-def test_importing_a_script_only_defines_names(script):
-    told, done = imported(script)
-    assert told == {"heavy": ["numpy"] * (script == IN_NUMPY), "opened": [], "code": 0}
-    assert done.stdout == ""
+# --- planted faults ---
+
+FAULTS = {
+    "nothing": ("", ""),
+    "embeddings.acreate": (".embeddings.create(", ".embeddings.acreate("),
+    "completions.acreate": (".completions.create(", ".completions.acreate("),
+    "delta.get": ("choice.message.content", 'choice.delta.get("content")'),
+    "another embedder": (
+        "    scores, rows = ",
+        '    args.embed_model = "text-embedding-3-large"\n    scores, rows = ',
+    ),
+    "swapped vectors": ("for vector in found])", "for vector in found[::-1]])"),
+    "a chat model that embeds": ('"text-embedding-3-small"\nEMBED_BATCH', '"gpt-4o"\nEMBED_BATCH'),
+    "no system role": ('"role": "system"', '"role": "instructions"'),
+    "the farthest first": ("in enumerate(found, 1)]", "in enumerate(reversed([*found]), 1)]"),
+    "no question": ('prompt += f"Question: {question}"', "pass"),
+    "a passage too few": ("(hits, 1):\n        prompt", "(hits[1:], 1):\n        prompt"),
+    "long vectors": ("return vectors / np", "return vectors * 2 / np"),
+}
 
 
-@each_script
-@pytest.mark.parametrize(
-    ("argv", "code"),
-    [(["--help"], 0), (["--top-k", "0", "x"], 2), (["--no-such-option"], 2), ([""], 2)],
-    ids=["help", "bad-value", "bad-option", "empty-question"],
-)
-def test_help_and_usage_errors_import_nothing_heavy(script, argv, code):
-    told, done = imported(script, argv)
-    assert (told["heavy"], told["code"]) == (["numpy"] * (script == IN_NUMPY), code)
-    assert "Traceback" not in done.stderr
-    assert bool(done.stdout) == (code == 0)
-    if code == 0:
-        doc = ast.get_docstring(ast.parse((ROOT / script).read_text()))
-        assert doc
-        assert doc in done.stdout
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught_by_the_contract(llm, capsys, monkeypatch, fault):
+    old, new = FAULTS[fault]
+    source = (ROOT / "rag_faiss_openai.py").read_text()
+    assert old in source, "the script has changed: plant the fault anew"
+    module = types.ModuleType("rag_planted")
+    monkeypatch.setitem(sys.modules, "rag_planted", module)
+    exec(compile(source.replace(old, new, 1), "rag_planted.py", "exec"), vars(module))
+    faults = demonstration_faults(call(module, capsys, "--json"))
+    assert bool(faults) == (fault != "nothing"), faults
 
 
-@each_script
-def test_every_script_fixes_its_dependencies(script):
-    block = block_of(script)
-    names = [re.split(r"[\[<>=]", dependency)[0] for dependency in block["dependencies"]]
-    assert names == sorted(names)
-    for dependency in block["dependencies"]:
-        assert re.fullmatch(r"[a-z0-9.-]+(\[\w+\])?(>=[\d.]+,<[\d.]+|==[\d.]+)", dependency), (
-            dependency
+# --- the CPU build of torch ---
+
+
+@pytest.fixture
+def undated_index(tmp_path):
+    """An index with torch and without upload dates, as PyTorch's own: its URL."""
+    folder = tmp_path / "index" / "torch"
+    folder.mkdir(parents=True)
+    name = "torch-2.99.0+cpu-py3-none-any.whl"
+    with zipfile.ZipFile(folder / name, "w") as wheel:
+        info = "torch-2.99.0+cpu.dist-info"
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.99.0+cpu"
         )
-    dates = {block_of(name)["tool"]["uv"]["exclude-newer"] for name in SCRIPTS}
-    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["exclude-newer"]
-    assert dates == {own}
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true")
+        wheel.writestr(f"{info}/RECORD", "")
+    (folder / "index.html").write_text(f'<a href="{name}">{name}</a>')  # PEP 503
+    handler = partial(SimpleHTTPRequestHandler, directory=folder.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-@each_script
-def test_the_packages_that_a_script_imports_are_its_dependencies(script):
-    tree = ast.parse((ROOT / script).read_text())
-    roots = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            roots |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            roots.add((node.module or "").split(".")[0])
-    named = {re.split(r"[\[<>=]", d)[0].replace("-", "_") for d in block_of(script)["dependencies"]}
-    known = {"bs4": "beautifulsoup4", "faiss": "faiss_cpu"}
-    known |= {"Stemmer": "pystemmer", "markdown_it": "markdown_it_py"}
-    third_party = {known.get(name, name) for name in roots - sys.stdlib_module_names}
-    brought = {"numpy", "transformers", "pydantic"}  # by faiss-cpu, sentence-transformers...
-    assert third_party - brought <= named
+@pytest.mark.parametrize("script", WITH_TORCH)
+def test_the_cpu_build_of_torch_is_found_once_uncommented(script, undated_index, tmp_path):
+    block = (ROOT / script).read_text().partition('"""')[0]
+    block = re.sub(r"(?m)^# # (?=\[|[a-z-]+ = )", "# ", block)
+    torch = next(name for name in read_block(block)["dependencies"] if name.startswith("torch"))
+    block = re.sub(r"(?s)# dependencies = \[.*?\n# \]", f'# dependencies = ["{torch}"]', block)
+    block = block.replace("https://download.pytorch.org/whl/cpu", undated_index)
+    block = block.replace("sys_platform == 'linux'", f"sys_platform == '{sys.platform}'")
 
+    def resolve(block):
+        copy = tmp_path / script
+        copy.write_text(f"{block}from importlib.metadata import version\nprint(version('torch'))")
+        uv_run = ["uv", "run", "--no-cache", "--no-config", copy]
+        return subprocess.run(uv_run, env=clean_environment(), capture_output=True, text=True)
 
-@each_script
-def test_the_docstring_of_a_script_shows_three_commands_that_exist(script):
-    doc = ast.get_docstring(ast.parse((ROOT / script).read_text())) or ""
-    commands = re.findall(r"^    uv run (\S+)(.*)$", doc, re.M)
-    assert len(commands) == 3
-    assert {name for name, _ in commands} == {script}
-    options = {o for _, rest in commands for o in re.findall(r"(?<!\w)--[a-z-]+", rest)}
-    told = imported(script, ["--help"])[1].stdout.partition("options:")[2]
-    assert all(option in told for option in options)
-
-
-@each_script
-def test_a_script_has_the_shebang_the_guard_and_short_lines(script):
-    text = (ROOT / script).read_text("utf-8")
-    assert text.startswith("#!/usr/bin/env -S uv run --script\n# /// script\n")
-    assert text.endswith("    sys.exit(main())\n")
-    assert [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 100] == []
-    assert os.access(ROOT / script, os.X_OK)
-
-
-def test_no_tracked_file_names_a_machine_or_an_index():
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout: which files are tracked is unknown")
-    files = [ROOT / name for name in listed.stdout.split("\0") if name]
-    own = Path(__file__).name
-    places = r"/(root|work|home/\w+|Users/\w+|tmp/wt-)/"
-    places += r"|(127\.0\.0\.1|localhost|10\.\d+\.\d+\.\d+):\d+/(simple|pypi|root)"
-    places += r"|https?://[^\s\"']*/simple\b"
-    hits = [
-        f"{file.name}: {match[0]}"
-        for file in files
-        if file.is_file() and file.name != own
-        for match in re.finditer(places, file.read_bytes().decode("utf-8", "ignore"))
-    ]
-    assert hits == []
-
-
-@each_script
-def test_a_script_copied_alone_into_an_empty_folder_runs(script, run, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(ROOT / script, alone)
-    run(script, "--help")  # its environment may be made from the index; the copy's from the cache
-    command = ["uv", "run", "--offline", script, "--help"]
-    done = subprocess.run(
-        command, cwd=alone, env=clean_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    what = "SCRIPT" if script == "rag_compare.py" else "QUESTION"
-    assert done.stdout.startswith(f"usage: uv run {script} [{what} ...]")
-    assert [path.name for path in alone.iterdir()] == [script], "it left something behind"
-
-
-# --- the guard -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "api.openai.com"])
-def test_the_guard_reports_what_leaves_loopback(loopback_only, host):
-    import urllib.request
-
-    with pytest.raises(OSError, match="beyond loopback"):
-        urllib.request.urlopen(f"http://{host}/", timeout=2)
-    assert host in loopback_only[0]
-    loopback_only.clear()  # which would fail this test
-
-
-def test_the_guard_ends_a_subprocess_that_leaves_loopback():
-    from conftest import environment
-
-    code = "import urllib.request as r\ntry: r.urlopen('http://192.0.2.1')\nexcept OSError: pass"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 97
-    assert "beyond loopback: 192.0.2.1, port 80" in done.stderr
+    done = resolve(block)
+    assert done.stdout == "2.99.0+cpu\n", done.stderr
+    without = resolve(re.sub(r"(?m)^# exclude-newer.*false.*\n", "", block))
+    assert without.returncode != 0
+    assert "missing an upload date" in without.stderr
