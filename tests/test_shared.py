@@ -148,7 +148,8 @@ __import__(sys.argv[2])
 @each_small
 def test_importing_a_script_defines_names_only(script):
     python = [sys.executable, "-c", IMPORT, str(ROOT), script.removesuffix(".py")]
-    done = subprocess.run(python, capture_output=True, text=True, env=environment())
+    env = environment({"PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run(python, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
