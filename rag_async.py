@@ -280,7 +280,7 @@ async def answer_question(question: str, index: Any, args: Namespace) -> dict[st
                 answer, usage = await generate(question, record["sources"], args)
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
-            record["error"] = f"{error} {error.__cause__ or ''}".strip()
+            record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
     if args.out:
         with args.out[0].open("a") as out:

@@ -135,7 +135,7 @@ def load_models(args: Namespace) -> TextSplitter:
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     """Embed texts as unit vectors, float32 (len(texts), dimension)."""
     model = args.embedder
-    if query and len(model.tokenizer.encode(texts[0])) > model.max_seq_length:
+    if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
     # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
@@ -283,7 +283,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
                     raise ValueError("the LLM has sent no text")
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
-            record["error"] = f"{error} {error.__cause__ or ''}".strip()
+            record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
         if not args.json:
             print_sources(record, args)

@@ -233,7 +233,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
                     raise ValueError("the LLM has sent no text")
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
-            record["error"] = f"{error} {error.__cause__ or ''}".strip()
+            record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
         if not args.json:
             print_sources(record, args)

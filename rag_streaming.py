@@ -280,7 +280,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
             if not args.chat:
                 raise
         except Exception as error:
-            record["error"] = f"{error} {error.__cause__ or ''}".strip()
+            record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
         record |= {"answer": answer or None, "refused": answer.startswith(REFUSAL)}
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
         if args.chat and answer:
