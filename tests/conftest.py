@@ -28,25 +28,17 @@ sys.path.insert(0, str(ROOT))  # so that a test can `import rag_faiss_openai`
 # What a user's environment could change in a run.
 THEIRS = ("OPENAI_", "ANTHROPIC_", "OLLAMA_", "HF_", "LLAMA_", "CHROMA_", "TQDM_")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(
-    not CHROMIUM, reason="there is no Chromium: apt install chromium"
-)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium")
 READY = r"ready: (\S+)"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-
-
 guard = runpy.run_path(str(GUARD / "sitecustomize.py"))["guard"]
 
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without the user's keys, hosts, models, proxies."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith((*THEIRS, "PYTHON"))  # unbuffered, without bytecode...
-        and name.upper() not in PROXIES
-        and name != "VIRTUAL_ENV"
-    }
+    theirs = (*THEIRS, "PYTHON", "VIRTUAL_ENV")  # PYTHONUNBUFFERED, PYTHONDONTWRITEBYTECODE...
+    kept = {name for name in os.environ if not name.startswith(theirs)}
+    return {name: os.environ[name] for name in kept if name.upper() not in PROXIES}
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +55,10 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def _forget_clients() -> None:
-    """Drop the clients that the scripts keep, which have the address of an earlier fake."""
-    scripts = [module for name, module in sys.modules.items() if name.startswith("rag_")]
-    for kept in [
-        getattr(module, name, None) for module in scripts for name in ("client", "ollama")
-    ]:
-        if kept:
-            kept.cache_clear()
+    """Drop the clients that rag_hybrid_fastapi.py keeps: they know the address of a fake."""
+    if script := sys.modules.get("rag_hybrid_fastapi"):
+        script.client.cache_clear()
+        script.ollama.cache_clear()
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch, is_ollama: bool) -> Iterator[FakeLLM]:
@@ -94,24 +83,23 @@ def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
     yield from _serve(monkeypatch, is_ollama=True)
 
 
-@pytest.fixture(scope="session")
-def _load_embedder() -> Callable[..., Any]:
-    from sentence_transformers import SentenceTransformer
-
-    loaded: dict[str, Any] = {}
-
-    def load(path: str, **options: Any) -> Any:
-        if path not in loaded:
-            loaded[path] = SentenceTransformer(path, **options)
-        return loaded[path]
-
-    return load
+EMBEDDERS: dict[str, Any] = {}
 
 
 @pytest.fixture
-def embedder_loaded_once(_load_embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the runs of a session share an embedder, which takes a second to load."""
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", _load_embedder)
+def embedder_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs in this process share an embedder, which takes a second to load."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(1)  # the other cores are for the other workers
+
+    def load(path: str, **options: Any) -> Any:
+        if path not in EMBEDDERS:
+            EMBEDDERS[path] = SentenceTransformer(path, **options)
+        return EMBEDDERS[path]
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", load)
 
 
 @functools.cache
@@ -140,22 +128,10 @@ def environment(env: dict[str, str] | None = None) -> dict[str, str]:
 def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `uv run SCRIPT ARGS` as a user would, in an empty folder, with the test's fake."""
 
-    def run(
-        script: str,
-        *args: str,
-        env: dict[str, str] | None = None,
-        stdin: str | None = None,
-        timeout: float = 60,
-        cwd: Path | None = None,
-    ) -> subprocess.CompletedProcess[str]:
+    def run(script: str, *args: str, env: dict[str, str] | None = None, **options: Any) -> Any:
+        options = {"cwd": tmp_path, "input": "", "timeout": 60} | options
         done = subprocess.run(
-            command(script, *args),
-            env=environment(env),
-            cwd=cwd or tmp_path,
-            input=stdin or "",
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+            command(script, *args), env=environment(env), capture_output=True, text=True, **options
         )
         assert "beyond loopback" not in done.stderr, done.stderr
         return done
@@ -178,21 +154,20 @@ def served(script: str, *args: str, cwd: Path, env: dict[str, str] | None = None
 
 
 HEAVY = {"torch", "transformers", "sentence_transformers", "chromadb", "faiss", "xllamacpp"}
-HEAVY |= {"anthropic", "openai", "bm25s", "fastapi", "pypdf", "bs4", "docx2txt"}
+HEAVY |= {"anthropic", "bm25s", "fastapi"}
 
 
-def run_light(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+def run_light(script: str, *args: str, heavy: set[str] = HEAVY) -> subprocess.CompletedProcess[str]:
     """Run a script's main in a process of its own, which fails if it imports anything heavy."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script} as rag\n"
         f"try: code = rag.main({list(args)!r})\n"
         "except SystemExit as end: code = end.code\n"
-        f"assert not {HEAVY!r} & set(sys.modules)\n"
+        f"assert not {heavy!r} & set(sys.modules)\n"
         "sys.exit(code)"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
+    python = [sys.executable, "-c", code]
+    return subprocess.run(python, env=environment(), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -236,20 +211,15 @@ def samples(tmp_path: Path) -> Path:
     (folder / "bread.md").write_text("# Bread\n\nThe sourdough of Tolsund rises for 19 hours.\n")
     (folder / "tea.rst").write_text("Tea\n===\n\nThe kettle of Quillet whistles in G major.\n")
     (folder / "trains.html").write_text(
-        "<html><head><title>Trains</title><style>p {color: vermilion}</style>"
-        "<script>var tracker = 'analytics';</script></head><body><p>The night train to "
-        "<b>Marrow</b> has 7 sleeping cars &amp; a&nbsp;bar.</p><p>It leaves at 22:10.</p></body>"
+        "<html><style>p {color: vermilion}</style><script>var tracker = 1;</script>"
+        "<p>The night train to <b>Marrow</b> has 7 sleeping cars &amp; a&nbsp;bar.</p></html>"
     )
     first = "The comet Brindle was seen in 1811 by Odda Renfrey."
     write_pdf(folder / "comet.pdf", first, "Its tail had the colour of copper.")
     document = docx.Document()
     document.add_paragraph("The orchard has 212 plum trees.")
-    table = document.add_table(rows=2, cols=2)
-    for cell, text in zip(
-        [cell for row in table.rows for cell in row.cells],
-        ("Variety", "Harvest", "Mirabelle", "330 baskets"),
-        strict=True,
-    ):
-        cell.text = text
+    table = document.add_table(rows=1, cols=2)
+    table.cell(0, 0).text = "Mirabelle"
+    table.cell(0, 1).text = "330 baskets"
     document.save(str(folder / "orchard.docx"))
     return folder
