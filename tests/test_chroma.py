@@ -80,8 +80,7 @@ def test_programs_that_share_a_server_end_with_one_complete_index(ask, tmp_path,
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("chroma"), "run", "--path", tmp_path / "server"]
     server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
-    request.addfinalizer(server.wait)
-    request.addfinalizer(server.terminate)  # the last one is called first
+    request.addfinalizer(server.kill)
     wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 20)
     index = ("--chroma-url", f"http://127.0.0.1:{port}", "--docs", tmp_path / "docs")
     old = write(tmp_path / "docs", "red")
@@ -126,7 +125,6 @@ def test_an_index_in_memory_is_gone_with_its_run(ask, notes):
 
 def test_claude_gets_the_system_prompt_apart_and_a_limit(ask, llm):
     [record] = ask("--json", "--model", "claude-opus-4-8", LIGHTHOUSE).records
-    request = llm.chat_requests[0].json
-    assert (request["system"], request["max_tokens"]) == (rag.SYSTEM_PROMPT, 1024)
-    [message] = request["messages"]
-    assert record["sources"][0]["text"] in message["content"]
+    sent = llm.chat_requests[0].json
+    assert (sent["system"], sent["max_tokens"]) == (rag.SYSTEM_PROMPT, 1024)
+    assert record["sources"][0]["text"] in sent["messages"][0]["content"]
