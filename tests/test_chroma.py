@@ -81,7 +81,7 @@ def test_programs_that_share_a_server_end_with_one_complete_index(ask, tmp_path,
     command = [Path(sys.executable).with_name("chroma"), "run", "--path", tmp_path / "server"]
     server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
     request.addfinalizer(server.kill)
-    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 20)
+    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
     index = ("--chroma-url", f"http://127.0.0.1:{port}", "--docs", tmp_path / "docs")
     old = write(tmp_path / "docs", "red")
     assert held(ask, *index) == held(ask, *index[:2]) == old

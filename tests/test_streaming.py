@@ -128,7 +128,7 @@ def test_a_chat_on_a_terminal(llm):
         os.write(terminal, typed.encode())
         shown = ""
         while text not in shown:
-            assert select.select([terminal], [], [], 30)[0], f"waits for {text}: {shown}"
+            assert select.select([terminal], [], [], 60)[0], f"waits for {text}: {shown}"
             shown += os.read(terminal, 65_536).decode().replace("\r\n", "\n")
         return shown
 
