@@ -30,7 +30,6 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from contextlib import suppress
 from glob import glob
 from hashlib import sha256
 from pathlib import Path
@@ -74,7 +73,7 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # its warnings do not name the file
+    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
         names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "" if path is a file
@@ -228,37 +227,43 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
 # --- answer: many questions at once ---
 
 
-def read_questions(path: str, answered: bool = False) -> list[str]:
-    """Read a question a line, or JSON Lines: all questions, or those that have an answer."""
+def read_questions(path: str) -> list[str]:
+    """Read --questions: one a line, or JSON Lines with "question". "-" is stdin."""
     questions = []
-    with fileinput.input(path, mode="rb") as lines:  # - is stdin
+    with fileinput.input(path, mode="rb") as lines:
         try:
             for line in filter(bytes.strip, lines):
                 text = line.decode("utf-8-sig").strip()
-                record = json.loads(text) if text.startswith("{") else {"question": text}
-                if not answered or (record["answer"] and not record["error"]):
-                    questions.append(record["question"].strip())
-            if not (questions or answered):
-                raise ValueError("no question in it")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+                questions.append(json.loads(text)["question"] if text.startswith("{") else text)
+            if not all(map(str.strip, questions or [""])):
+                raise ValueError("no question")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
     return questions
 
 
 def read_answered(path: str) -> tuple[Path, set[str]]:
-    """Drop a torn last line of --out. Returns its path and the questions answered there."""
+    """Read --out: its path, and the questions answered there. Drops a torn last line."""
+    answered = set()
+    size = number = 0
+    line = b""
     try:
-        with Path(path).open("a+b") as out:
-            out.seek(0)
-            last = out.read().rpartition(b"\n")[2]
-            with suppress(ValueError):
-                json.loads(last)
-                last = b""
-            if last.startswith(b"{"):
-                out.truncate(out.tell() - len(last))
-    except OSError as error:
-        raise ArgumentTypeError(str(error)) from error
-    return Path(path), set(read_questions(path, answered=True))
+        Path(path).touch()
+        for line in Path(path).read_bytes().splitlines(keepends=True):
+            number += 1
+            record = json.loads(line)
+            is_answered = record["answer"] and not record["error"]
+            if not line.endswith(b"\n"):
+                raise ValueError("torn")
+            if is_answered:
+                answered.add(record["question"])
+            size += len(line)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_torn = isinstance(error, ValueError) and line[:12] == b'{"question":'[: len(line)]
+        if not is_torn or line.endswith(b"\n"):
+            raise ArgumentTypeError(f"{path}, line {number}: {error!r}") from error
+        os.truncate(path, size)
+    return Path(path), answered
 
 
 add_option = PARSER.add_argument  # only this script's

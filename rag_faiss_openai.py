@@ -69,7 +69,7 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # its warnings do not name the file
+    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
         names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "" if path is a file

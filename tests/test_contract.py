@@ -455,7 +455,7 @@ def test_documents_without_text_are_an_error_and_not_the_old_index(ask, kept, no
     for args in ([], ["--index", kept.path]):
         done = ask("--docs", notes, *args, LIGHTHOUSE)
         assert (done.code, done.out) == (2, "")
-        assert "left out" in done.err
+        assert "skipped" in done.err
         assert str(notes) in done.err.splitlines()[-1]
 
 
@@ -526,7 +526,7 @@ def test_a_run_that_is_killed_keeps_the_old_index_and_its_batches(script, kept, 
     done = count_vectors(kept.path) - 20
     assert 0 < done < 300, "the test kills too late"
     assert kept.held() == old
-    assert len(kept.update(docs)) == 300 - done
+    assert len(set(kept.update(docs))) == 300 - done  # the killed run's last request counts too
     assert len(kept.held()) == count_vectors(kept.path) == 300
 
 

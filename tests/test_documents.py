@@ -119,7 +119,7 @@ def test_a_file_without_readable_text_is_named_and_the_rest_is_read(tmp_path, ca
     assert texts(load(tmp_path / name, tmp_path / "good.txt")) == ["Something to read."]
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1, "a line for the file"
-    assert told[1].startswith(f"left out: {tmp_path / name}: ")
+    assert told[0].startswith(f"skipped {tmp_path / name}: ")
     assert caplog.messages == [], "what a library logs is printed, and names no file"
 
 
