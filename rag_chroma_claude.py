@@ -24,10 +24,10 @@
     uv run rag_chroma_claude.py --docs notes/ "What did we decide?"
     uv run rag_chroma_claude.py --docs notes/ --index .chroma     # later runs embed only changes
 
-Needs ANTHROPIC_API_KEY and 0.45 GB of packages (on Linux 3.2 GB: the lines above say how to take
+Requires ANTHROPIC_API_KEY and 0.45 GB of packages (on Linux 3.2 GB: the lines above say how to take
 less); the demonstration costs less than a cent. Only questions and passages leave this machine.
-Left out: an index in one file (rag_faiss_openai.py), streaming and a chat (rag_streaming.py), many
-questions at once (rag_async.py), a local LLM (rag_local_ollama.py).
+Not in here: an index in one file (rag_faiss_openai.py), streaming and a chat (rag_streaming.py),
+many questions at once (rag_async.py), a local LLM (rag_local_ollama.py).
 """
 
 import json
@@ -158,11 +158,7 @@ def open_collection(args: Namespace) -> Any:
     elif args.chroma_url:
         client = chromadb.HttpClient(args.chroma_url, settings=settings)
     elif args.index:
-        if (
-            args.index.exists()
-            and not list(args.index.glob("chroma.sqlite3"))
-            and any(args.index.iterdir())
-        ):
+        if any(args.index.glob("*")) and not (args.index / "chroma.sqlite3").exists():
             raise ValueError(f"{args.index} holds other files: name another --index")
         client = chromadb.PersistentClient(args.index, settings)
     else:

