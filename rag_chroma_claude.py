@@ -158,7 +158,8 @@ def open_collection(args: Namespace) -> Any:
     elif args.chroma_url:
         client = chromadb.HttpClient(args.chroma_url, settings=settings)
     elif args.index:
-        if any(args.index.glob("*")) and not (args.index / "chroma.sqlite3").exists():
+        is_used = args.index.exists() and any(args.index.iterdir())
+        if is_used and not (args.index / "chroma.sqlite3").exists():
             raise ValueError(f"{args.index} holds other files: name another --index")
         client = chromadb.PersistentClient(args.index, settings)
     else:
