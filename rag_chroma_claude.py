@@ -38,7 +38,6 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from glob import glob
 from hashlib import sha256
 from importlib.metadata import distribution
 from pathlib import Path
@@ -73,7 +72,8 @@ def read_file(file: Path) -> list[Chunk]:
     elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         pages = {None: decoded.unicode_markup or ""}
-    if not "".join(pages.values()).strip():
+    text = "".join(pages.values())
+    if not text.strip() or "\0" in text:
         raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
@@ -84,8 +84,11 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "" if path is a file
-        files = [Path(path, name) for name in names if not name or name.lower().endswith(KINDS)]
+        files = [] if Path(path).is_dir() else [Path(path)]
+        for folder, subfolders, names in os.walk(path, onerror=lambda e: say(f"skipped {e}")):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            names = sorted(name for name in names if name[0] != ".")
+            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
         for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
@@ -246,7 +249,7 @@ def connect(args: Namespace) -> None:
         raise ValueError("ANTHROPIC_API_KEY is not set or has blanks: uv run --env-file .env ...")
     import anthropic
 
-    args.client = anthropic.Anthropic(timeout=60)
+    args.client = anthropic.Anthropic(timeout=300)
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, dict[str, int]]:
@@ -368,4 +371,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
     sys.exit(main())

@@ -27,7 +27,6 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from glob import glob
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ def read_file(file: Path) -> list[Chunk]:
     elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         pages = {None: decoded.unicode_markup or ""}
-    if not "".join(pages.values()).strip():
+    text = "".join(pages.values())
+    if not text.strip() or "\0" in text:
         raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
@@ -72,8 +72,11 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "" if path is a file
-        files = [Path(path, name) for name in names if not name or name.lower().endswith(KINDS)]
+        files = [] if Path(path).is_dir() else [Path(path)]
+        for folder, subfolders, names in os.walk(path, onerror=lambda e: say(f"skipped {e}")):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            names = sorted(name for name in names if name[0] != ".")
+            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
         for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
@@ -106,7 +109,7 @@ def load_models(args: Namespace) -> TextSplitter:
         raise ValueError("OPENAI_API_KEY is not set or has blanks: uv run --env-file .env ...")
     import openai
 
-    args.client = openai.OpenAI(timeout=60)  # it retries after 429 and 5xx
+    args.client = openai.OpenAI(timeout=300)  # it retries after 429 and 5xx
     return TextSplitter.from_tiktoken_model("text-embedding-3-small", 8_191)
 
 
@@ -114,7 +117,7 @@ def embed(texts: list[str], args: Namespace) -> np.ndarray:
     """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     response = args.client.embeddings.create(model=args.embed_model, input=texts)
     vectors = np.array([item.embedding for item in response.data], np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
 # --- index: SQLite ---
@@ -152,9 +155,9 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
         if not found or None in found:  # raising rolls the transaction back
             lacks = f"{args.index} lacks vectors of {args.embed_model}"
             raise ValueError(f"{lacks}, or another run has changed it: run again with --docs")
+        vectors = np.stack([np.frombuffer(vector, np.float32) for vector in found])
     say(f"index: {len(rows)} chunks, {len(missing)} of them new")
-    chunks = [{"text": text, "source": source, "page": page} for text, source, page, *_ in rows]
-    return chunks, np.stack([np.frombuffer(vector, np.float32) for vector in found])
+    return [dict(zip(("text", "source", "page"), row[:3], strict=True)) for row in rows], vectors
 
 
 # --- retrieve: FAISS ---
@@ -207,11 +210,13 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
         model=args.model, messages=messages, max_completion_tokens=MAX_ANSWER_TOKENS
     )
     choice, used = completion.choices[0], completion.usage
-    if choice.finish_reason == "length":
-        say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
-    if used.prompt_tokens < len(messages[1]["content"]) / 8:  # usual are 4 characters a token
+    if choice.finish_reason != "stop":
+        say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens or before: {choice.finish_reason}")
+    if (
+        used and used.prompt_tokens < len(messages[1]["content"]) / 8
+    ):  # usual are 4 characters a token
         say("the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
-    usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
+    usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
     return choice.message.content, usage
 
 
@@ -321,4 +326,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
     sys.exit(main())

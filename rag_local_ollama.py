@@ -46,7 +46,6 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from hashlib import sha256
 from importlib.metadata import distribution
 from pathlib import Path
@@ -81,7 +80,8 @@ def read_file(file: Path) -> list[Chunk]:
     elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         pages = {None: decoded.unicode_markup or ""}
-    if not "".join(pages.values()).strip():
+    text = "".join(pages.values())
+    if not text.strip() or "\0" in text:
         raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
@@ -92,8 +92,11 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "" if path is a file
-        files = [Path(path, name) for name in names if not name or name.lower().endswith(KINDS)]
+        files = [] if Path(path).is_dir() else [Path(path)]
+        for folder, subfolders, names in os.walk(path, onerror=lambda e: say(f"skipped {e}")):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            names = sorted(name for name in names if name[0] != ".")
+            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
         for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
@@ -186,9 +189,9 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
         if not found or None in found:  # raising rolls the transaction back
             lacks = f"{args.index} lacks vectors of {args.embed_model}"
             raise ValueError(f"{lacks}, or another run has changed it: run again with --docs")
+        vectors = np.stack([np.frombuffer(vector, np.float32) for vector in found])
     say(f"index: {len(rows)} chunks, {len(missing)} of them new")
-    chunks = [{"text": text, "source": source, "page": page} for text, source, page, *_ in rows]
-    return chunks, np.stack([np.frombuffer(vector, np.float32) for vector in found])
+    return [dict(zip(("text", "source", "page"), row[:3], strict=True)) for row in rows], vectors
 
 
 # --- retrieve: torch ---
@@ -247,8 +250,9 @@ def connect(args: Namespace) -> None:
     direct = openai.DefaultHttpxClient(trust_env=False)  # no proxy
     args.client = openai.OpenAI(base_url=f"{host}/v1", api_key="-", http_client=direct)
     if args.llm != "embedded" and not args.gguf:
+        client = args.client.with_options(max_retries=0, timeout=10)
         try:
-            models = {model.id for model in args.client.with_options(max_retries=0).models.list()}
+            models = {model.id for model in client.models.list()}
             if not {args.model, f"{args.model}:latest"} & models:
                 has = ", ".join(sorted(models)) or "no model"
                 raise ValueError(f"Ollama has {has}: ollama pull {args.model}, or use --model")
@@ -271,8 +275,8 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
     limits = {"reasoning_effort": "none", "max_tokens": MAX_ANSWER_TOKENS}
     completion = args.client.chat.completions.create(model=args.model, messages=messages, **limits)
     choice, used = completion.choices[0], completion.usage
-    if choice.finish_reason == "length":
-        say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
+    if choice.finish_reason != "stop":
+        say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens or before: {choice.finish_reason}")
     if used.prompt_tokens < len(messages[1]["content"]) / 8:  # usual are 4 characters a token
         say("Ollama cut the prompt: lower --top-k, or set OLLAMA_CONTEXT_LENGTH=16384 for it")
     usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
@@ -458,4 +462,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
     sys.exit(main())

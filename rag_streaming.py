@@ -30,7 +30,6 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
-from glob import glob
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,8 @@ def read_file(file: Path) -> list[Chunk]:
     elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         pages = {None: decoded.unicode_markup or ""}
-    if not "".join(pages.values()).strip():
+    text = "".join(pages.values())
+    if not text.strip() or "\0" in text:
         raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
@@ -75,8 +75,11 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        names = sorted(glob("**", root_dir=path, recursive=True)) or [""]  # "" if path is a file
-        files = [Path(path, name) for name in names if not name or name.lower().endswith(KINDS)]
+        files = [] if Path(path).is_dir() else [Path(path)]
+        for folder, subfolders, names in os.walk(path, onerror=lambda e: say(f"skipped {e}")):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            names = sorted(name for name in names if name[0] != ".")
+            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
         for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
@@ -109,7 +112,7 @@ def load_models(args: Namespace) -> TextSplitter:
         raise ValueError("OPENAI_API_KEY is not set or has blanks: uv run --env-file .env ...")
     import openai
 
-    args.client = openai.OpenAI(timeout=60)  # it retries after 429 and 5xx
+    args.client = openai.OpenAI(timeout=300)  # it retries after 429 and 5xx
     return TextSplitter.from_tiktoken_model("text-embedding-3-small", 8_191)
 
 
@@ -117,7 +120,7 @@ def embed(texts: list[str], args: Namespace) -> np.ndarray:
     """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     response = args.client.embeddings.create(model=args.embed_model, input=texts)
     vectors = np.array([item.embedding for item in response.data], np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
 # --- index: SQLite ---
@@ -155,9 +158,9 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
         if not found or None in found:  # raising rolls the transaction back
             lacks = f"{args.index} lacks vectors of {args.embed_model}"
             raise ValueError(f"{lacks}, or another run has changed it: run again with --docs")
+        vectors = np.stack([np.frombuffer(vector, np.float32) for vector in found])
     say(f"index: {len(rows)} chunks, {len(missing)} of them new")
-    chunks = [{"text": text, "source": source, "page": page} for text, source, page, *_ in rows]
-    return chunks, np.stack([np.frombuffer(vector, np.float32) for vector in found])
+    return [dict(zip(("text", "source", "page"), row[:3], strict=True)) for row in rows], vectors
 
 
 # --- retrieve: FAISS ---
@@ -216,8 +219,8 @@ def generate(messages: list[Any], record: dict[str, Any], args: Namespace) -> It
         used = chunk.usage
     if not finish_reason:
         raise RuntimeError("the stream ended before the answer did")
-    if finish_reason == "length":
-        say(f"\nthe answer was cut at {MAX_ANSWER_TOKENS} tokens")
+    if finish_reason != "stop":
+        say(f"\nthe answer was cut at {MAX_ANSWER_TOKENS} tokens or before: {finish_reason}")
     if used:
         usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
         record["usage"] = usage
@@ -235,7 +238,8 @@ of words like it or there. Keep its language. Do not answer it, and write nothin
 def read_questions(args: Namespace) -> Iterator[str]:
     """Yield the questions of the command line, or of stdin: a chat if that is a terminal."""
     if not args.chat:
-        yield from args.question or sys.stdin.read().splitlines() or QUESTIONS
+        samples = [] if args.docs or args.index else QUESTIONS
+        yield from args.question or sys.stdin.read().splitlines() or samples
         return
     with suppress(ImportError):  # arrow keys; Windows has them without it
         import readline  # noqa: F401
@@ -248,7 +252,7 @@ def read_questions(args: Namespace) -> Iterator[str]:
 
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and stream for one question after another. Yields what --json prints."""
-    args.chat = not args.question and sys.stdin.isatty()
+    args.chat = not args.question and sys.stdin.isatty() and sys.stdout.isatty()
     history: list[Any] = []
     for question in filter(str.strip, read_questions(args)):
         record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
@@ -374,4 +378,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
     sys.exit(main())
