@@ -112,7 +112,8 @@ def test_our_contenders_call_what_their_script_still_has(name):
     used = set(re.findall(r"\brag\.(\w+)", who.code.read_text("utf-8")))
     assert used
     assert {each for each in used if not hasattr(code.rag, each)} == set()
-    code.rag.parse_arguments(["a question", "--retrieve-only", "--top-k", "10", *who.options])
+    parse = getattr(code.rag, "parse_arguments", None) or code.rag.PARSER.parse_args
+    parse(["a question", "--retrieve-only", "--top-k", "10", *who.options])
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,18 @@ import rag_local_ollama as rag
 
 def load(model: str) -> Any:
     """Load the embedder: by its name, which the script finds in the same package."""
-    args = rag.parse_arguments(["--retrieve-only", "--top-k", "10"])
-    rag.check_backend(args)
-    rag.load_embedder(args.embed_model, rag.native_precision())
+    args = rag.PARSER.parse_args(["--retrieve-only", "--top-k", "10"])
+    rag.load_models(args)
     return args
 
 
 def index(embedder: Any, corpus: dict[str, str]) -> Any:
     """Embed the paragraphs, given by their ids."""
-    chunks = [rag.Chunk(text, key) for key, text in corpus.items()]
-    return rag.build_index(chunks, embedder), embedder
+    chunks = [{"text": text, "source": key, "page": None} for key, text in corpus.items()]
+    return rag.update_index(chunks, embedder), embedder
 
 
 def query(index: Any, question: str, k: int) -> list[str]:
     """Ids of the k nearest paragraphs, the nearest first: k is in the arguments."""
     built, args = index
-    return [hit.chunk.source for hit in rag.retrieve(question, built, args)][:k]
+    return [hit["source"] for hit in rag.retrieve(question, built, args)][:k]
