@@ -77,7 +77,8 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     documents = []
     for path in paths:
         files = [] if Path(path).is_dir() else [Path(path)]
-        for folder, subfolders, names in os.walk(path, onerror=lambda e: say(f"skipped {e}")):
+        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
+        for folder, subfolders, names in walk:
             subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             names = sorted(name for name in names if name[0] != ".")
             files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]

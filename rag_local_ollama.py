@@ -93,7 +93,8 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     documents = []
     for path in paths:
         files = [] if Path(path).is_dir() else [Path(path)]
-        for folder, subfolders, names in os.walk(path, onerror=lambda e: say(f"skipped {e}")):
+        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
+        for folder, subfolders, names in walk:
             subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             names = sorted(name for name in names if name[0] != ".")
             files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
@@ -351,9 +352,9 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
         say(prompt)
     limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}
     completion = args.client.completions.create(model=args.model, prompt=prompt, **limits)
-    picked = completion.choices[0].text.strip(" .,;:")
-    is_short = picked in window and 0 < len(picked) < len(window) / 2
-    return f'{picked}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
+    picked = completion.choices[0].text.strip()
+    is_short = f" {picked} " in f" {window} " and 0 < len(picked) < len(window) / 2
+    return f'{picked.strip(".,;:")}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
 
 
 # --- answer ---
