@@ -9,7 +9,7 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these seven lines.
+# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these seven lines.
 # # [tool.uv.sources]
 # # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 # # [[tool.uv.index]]
@@ -24,7 +24,7 @@
     uv run rag_chroma_claude.py --docs notes/ "What did we decide?"
     uv run rag_chroma_claude.py --docs notes/ --index .chroma     # later runs embed only changes
 
-Requires ANTHROPIC_API_KEY and 0.45 GB of packages (on Linux 3.2 GB: the lines above say how to take
+Requires ANTHROPIC_API_KEY and 0.5 GB of packages (on Linux 3.4 GB: the lines above say how to take
 less); the demonstration costs less than a cent. Only questions and passages leave this machine.
 Not in here: an index in one file (rag_faiss_openai.py), streaming and a chat (rag_streaming.py),
 many questions at once (rag_async.py), a local LLM (rag_local_ollama.py).

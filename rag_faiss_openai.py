@@ -14,7 +14,7 @@
     uv run rag_faiss_openai.py --docs notes/ "What did we decide?"
     uv run rag_faiss_openai.py --docs notes/ --index notes.db    # later runs embed only changes
 
-Requires OPENAI_API_KEY and 55 MB of packages; the demonstration costs less than a cent. Set
+Requires OPENAI_API_KEY and 65 MB of packages; the demonstration costs less than a cent. Set
 OPENAI_BASE_URL to use any OpenAI-compatible server. Not in here: streaming and a chat
 (rag_streaming.py), many questions at once (rag_async.py), local models (rag_local_ollama.py).
 """

