@@ -112,7 +112,7 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
 # --- embed: all-MiniLM-L6-v2 ---
 
 EMBED_MODEL = "all-MiniLM-L6-v2"
-EMBED_BATCH = 512  # chunks embedded between two saves
+EMBED_BATCH = 256  # chunks embedded between two saves
 
 
 def load_models(args: Namespace) -> TextSplitter:
@@ -184,7 +184,10 @@ def update_index(chunks: list[Chunk], args: Namespace) -> Any:
     kill, the next run adds and deletes what is left.
     """
     collection = open_collection(args)
-    kept = set(collection.get(include=[])["ids"])
+    kept: set[str] = set()
+    page = EMBED_BATCH if args.chroma_url == "cloud" else 100_000  # the cloud returns 300 at most
+    for start in range(0, collection.count(), page):
+        kept.update(collection.get(include=[], limit=page, offset=start)["ids"])
     wanted = {sha256(json.dumps(chunk).encode()).hexdigest(): chunk for chunk in chunks}
     missing = [key for key in wanted if key not in kept]
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):

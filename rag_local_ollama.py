@@ -120,7 +120,7 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
 # --- embed: all-MiniLM-L6-v2 ---
 
 EMBED_MODEL = "all-MiniLM-L6-v2"
-EMBED_BATCH = 512  # chunks embedded between two saves
+EMBED_BATCH = 256  # chunks embedded between two saves
 
 
 def load_models(args: Namespace) -> TextSplitter:
@@ -249,7 +249,7 @@ def connect(args: Namespace) -> None:
     if "//" not in host:
         host = f"http://{host}" if re.search(r":\d+$", host) else f"http://{host}:11434"
     direct = openai.DefaultHttpxClient(trust_env=False)  # no proxy
-    args.client = openai.OpenAI(base_url=f"{host}/v1", api_key="-", http_client=direct)
+    args.client = openai.OpenAI(base_url=f"{host.rstrip('/')}/v1", api_key="-", http_client=direct)
     if args.llm != "embedded" and not args.gguf:
         client = args.client.with_options(max_retries=0, timeout=10)
         try:

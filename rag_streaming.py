@@ -253,7 +253,7 @@ def read_questions(args: Namespace) -> Iterator[str]:
 
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and stream for one question after another. Yields what --json prints."""
-    args.chat = not args.question and sys.stdin.isatty() and sys.stdout.isatty()
+    args.chat = not args.question and sys.stdin.isatty()
     history: list[Any] = []
     for question in filter(str.strip, read_questions(args)):
         record = {"question": question} | args.record | {"seconds": dict(args.seconds)}

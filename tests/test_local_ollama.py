@@ -127,16 +127,16 @@ def test_the_embedded_llm_quotes_and_invents_nothing(ask, tmp_path):
 
 @pytest.mark.parametrize("place", ["xllamacpp.Server", "rag_local_ollama.generate"])
 def test_ctrl_c_ends_the_start_of_the_embedded_llm_and_its_answer(ask, monkeypatch, place):
-    interrupt = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     original: Any = pydoc.locate(place)
+    this_thread = threading.get_ident()
 
     def begin(*args):
-        interrupt.start()
+        threading.Timer(0.1, signal.pthread_kill, (this_thread, signal.SIGINT)).start()
         return original(*args)
 
     monkeypatch.setattr(place, begin)
     done = ask("--llm", "embedded", "--show-prompt", *[LIGHTHOUSE] * 30)
-    assert (done.code, done.out) == (130, "")
+    assert done.code == 130
     assert (LIGHTHOUSE in done.err) == (place == "rag_local_ollama.generate")
 
 

@@ -133,7 +133,7 @@ def test_a_chat_on_a_terminal(llm):
         return shown
 
     assert "Ctrl-D leaves" in type_and_wait("", "\n> ")
-    llm.token_delay = 0.2
+    llm.token_delay = 1
     type_and_wait(f"{LIGHTHOUSE}\n", "Answer: The lighthouse")
     assert "1874" not in type_and_wait("\x03", "\n> ")
     llm.token_delay = 0
