@@ -235,8 +235,8 @@ def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict
 
 LLM_MODEL = "qwen3:4b"  # answers well from passages, and runs in 4 GB
 PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-PARSER.add_argument("--llm", choices=["ollama", "embedded"], help="(Ollama, if it listens)")
-PARSER.add_argument("--gguf", type=Path, metavar="PATH", help="another model to embed")
+PARSER.add_argument("--llm", choices=["ollama", "embedded"], help="default: Ollama, if it listens")
+PARSER.add_argument("--gguf", type=Path, metavar="PATH", help="another embedded LLM")
 
 
 def connect(args: Namespace) -> None:

@@ -1,3 +1,6 @@
+# /// script
+# requires-python = ">=3.11"
+# ///
 """Compare the sections that the scripts share, and the versions that they ask for.
 
     uv run tools/sync_shared.py                            # name each difference
