@@ -308,6 +308,7 @@ def test_an_empty_answer_is_said(page):
     told |= {"attention": {"maps": [], "shape": [0, 0, 0], "shares": "", "sink": ""}}
     body = "".join(f"event: {name}\ndata: {json.dumps(told)}\n\n" for name in ("prompt", "done"))
     page.route("**/generate", lambda route: route.fulfill(body=body))
+    page.reload()  # an answer may be on its way already
     show(page, 7)
     expect(page.locator("#heat-told")).to_have_text("It wrote nothing.", timeout=SLOW)
     show(page, 8)
