@@ -250,7 +250,7 @@ def connect(args: Namespace) -> None:
     args.index = args.index or args.chroma_url
     key = os.environ.get("ANTHROPIC_API_KEY", "")
     if key.split() != [key] and not args.retrieve_only:
-        raise ValueError("ANTHROPIC_API_KEY is not set or has blanks: uv run --env-file .env ...")
+        raise ValueError("ANTHROPIC_API_KEY is not set or has blanks: export it, see .env.example")
     import anthropic
 
     args.client = anthropic.Anthropic(timeout=300)

@@ -107,7 +107,7 @@ def load_models(args: Namespace) -> TextSplitter:
     """Create the client, and a splitter for the 8,191 tokens that OpenAI's embedders read."""
     key = os.environ.get("OPENAI_API_KEY", "")
     if key.split() != [key]:
-        raise ValueError("OPENAI_API_KEY is not set or has blanks: uv run --env-file .env ...")
+        raise ValueError("OPENAI_API_KEY is not set or has blanks: export it, or see .env.example")
     import openai
 
     args.client = openai.OpenAI(timeout=300)  # it retries after 429 and 5xx
@@ -213,9 +213,8 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
     choice, used = completion.choices[0], completion.usage
     if choice.finish_reason != "stop":
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens or before: {choice.finish_reason}")
-    if (
-        used and used.prompt_tokens < len(messages[1]["content"]) / 8
-    ):  # usual are 4 characters a token
+    # A token is normally about four characters.
+    if used and used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
     usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
     return choice.message.content, usage

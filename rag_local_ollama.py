@@ -278,7 +278,8 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
     choice, used = completion.choices[0], completion.usage
     if choice.finish_reason != "stop":
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens or before: {choice.finish_reason}")
-    if used.prompt_tokens < len(messages[1]["content"]) / 8:  # usual are 4 characters a token
+    # A token is normally about four characters.
+    if used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("Ollama cut the prompt: lower --top-k, or set OLLAMA_CONTEXT_LENGTH=16384 for it")
     usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
     return choice.message.content, usage

@@ -110,7 +110,7 @@ def load_models(args: Namespace) -> TextSplitter:
     """Create the client, and a splitter for the 8,191 tokens that OpenAI's embedders read."""
     key = os.environ.get("OPENAI_API_KEY", "")
     if key.split() != [key]:
-        raise ValueError("OPENAI_API_KEY is not set or has blanks: uv run --env-file .env ...")
+        raise ValueError("OPENAI_API_KEY is not set or has blanks: export it, or see .env.example")
     import openai
 
     args.client = openai.OpenAI(timeout=300)  # it retries after 429 and 5xx
@@ -225,7 +225,8 @@ def generate(messages: list[Any], record: dict[str, Any], args: Namespace) -> It
     if used:
         usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
         record["usage"] = usage
-        if used.prompt_tokens < len(messages[-1]["content"]) / 8:  # usual are 4 characters a token
+        # A token is normally about four characters.
+        if used.prompt_tokens < len(messages[-1]["content"]) / 8:
             say("\nthe server cut the prompt: lower --top-k, or set OLLAMA_CONTEXT_LENGTH=16384")
 
 
