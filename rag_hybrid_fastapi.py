@@ -141,17 +141,21 @@ Chunk = dict[str, Any]  # text, source, page, heading, start and end (in charact
 def split_recursive(text: str, args: Namespace) -> list[tuple[int, str]]:
     """Keep sections whole if they fit, else paragraphs, else sentences, else words."""
     size, overlap = args.chunk_tokens, args.chunk_overlap
-    splitter = MarkdownSplitter.from_huggingface_tokenizer(args.tokenizer, size, overlap=overlap)
-    return splitter.chunk_indices(text)
+    by_characters = MarkdownSplitter(4 * size, overlap=4 * overlap)  # faster, and mostly enough
+    by_tokens = MarkdownSplitter.from_huggingface_tokenizer(args.tokenizer, size)
+    chunks = []
+    for start, part in by_characters.chunk_indices(text):
+        chunks += [(start + offset, chunk) for offset, chunk in by_tokens.chunk_indices(part)]
+    return chunks
 
 
 def split_fixed(text: str, args: Namespace) -> list[tuple[int, str]]:
     """Cut every --chunk-tokens tokens, wherever in a sentence that is."""
+    size = args.chunk_tokens - 4  # a word that is cut may have more tokens than before
     offsets = args.tokenizer.encode(text, add_special_tokens=False).offsets
-    step = args.chunk_tokens - args.chunk_overlap
     chunks = []
-    for first in range(0, len(offsets), step):
-        start, end = offsets[first][0], offsets[first : first + args.chunk_tokens][-1][1]
+    for first in range(0, len(offsets), size - args.chunk_overlap):
+        start, end = offsets[first][0], offsets[first : first + size][-1][1]
         chunks.append((start, text[start:end]))
     return chunks
 
@@ -165,13 +169,14 @@ def split_semantic(text: str, args: Namespace) -> list[tuple[int, str]]:
     sentences = [(start, end) for start, end in pairwise(borders) if text[start:end].strip()]
     if len(sentences) < 3:
         return split_recursive(text, args)
-    vectors = embed([text[start:end] for start, end in sentences], args)
+    texts = [text[start:end] for start, end in sentences]
+    vectors = np.vstack([embed(batch, args) for batch in batches(texts, EMBED_BATCH)])
     similarity = (vectors[:-1] * vectors[1:]).sum(axis=1)  # of each sentence and the next
     lowest = np.flatnonzero(similarity < np.percentile(similarity, 20))
     chunks = []
     for start, end in pairwise([0, *(sentences[i + 1][0] for i in lowest), len(text)]):
-        for offset, chunk in split_recursive(text[start:end], args):
-            chunks.append((start + offset, chunk))
+        group = split_recursive(text[start:end], args)
+        chunks += [(start + offset, chunk) for offset, chunk in group]
     return chunks
 
 
@@ -1220,7 +1225,7 @@ SAMPLES = [
     "sieve is blocked: switch it off, lift the green lid, and rinse the sieve.",
     "# Flour\n\nA sack of rye flour weighs 25 kg and costs 310 crowns. Flour keeps for nine months.",
 ]
-CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # noqa: E501
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 COUNT: Any = {"type": int, "metavar": "N"}
 PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 add = PARSER.add_argument
