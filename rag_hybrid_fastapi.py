@@ -133,7 +133,8 @@ def load_documents(paths: list[str]) -> dict[str, list[str]]:
 
 # --- chunk ---
 
-HEADING = re.compile(r"(?m)^#{1,6} +(.+?)[ #]*$|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
+# A heading of Markdown or reStructuredText, with those right above it.
+HEADING = re.compile(r"(?m)(?:^#{1,6} .*\s+)*^#{1,6} +(.+?)[ #]*$|^(\S.*)\n[=~^-]{3,}$")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
 
@@ -187,12 +188,13 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
     """Split a document's pages into chunks that the embedder reads whole, each with its place."""
     chunks = []
     for number, text in enumerate(pages, 1):
-        headings = [(match.start(), match[1] or match[2]) for match in HEADING.finditer(text)]
         page = number if source.lower().endswith(".pdf") else None
-        for start, chunk in CHUNKERS[args.chunker](text, args):
-            above = [heading for place, heading in headings if place <= start]
-            place = {"source": source, "page": page, "heading": above[-1] if above else None}
-            chunks.append({"text": chunk, **place, "start": start, "end": start + len(chunk)})
+        headings = {match.start(): match[1] or match[2] for match in HEADING.finditer(text)}
+        for begin, end in pairwise(sorted({0, *headings, len(text)})):
+            place = {"source": source, "page": page, "heading": headings.get(begin)}
+            for offset, chunk in CHUNKERS[args.chunker](text[begin:end], args):
+                start = begin + offset
+                chunks.append({"text": chunk, **place, "start": start, "end": start + len(chunk)})
     return chunks
 
 
@@ -1115,7 +1117,8 @@ async def run_stages(body: Question, store: Store) -> AsyncGenerator[tuple[str, 
                 if name == "token":
                     text += data
                     data = {"text": data}
-                if body.html and (name == "done" or time.monotonic() > shown + 0.1):  # seconds
+                is_due = name == "token" and time.monotonic() > shown + 0.1  # seconds
+                if body.html and (is_due or name == "done"):
                     data["html"] = nh3.clean(MARKDOWN.render(data.get("answer") or text))
                     shown = time.monotonic()
                 yield name, data
@@ -1168,10 +1171,10 @@ async def list_documents() -> Documents:
         "FROM chunks GROUP BY source"
     )
     topics = await select(
-        "SELECT heading FROM chunks WHERE heading IS NOT NULL "
-        "GROUP BY heading ORDER BY count(*) DESC LIMIT 3"
+        "SELECT coalesce(heading, source) AS topic FROM chunks "
+        "GROUP BY topic ORDER BY count(*) DESC, min(start) LIMIT 3"
     )
-    examples = [f'What is said about "{row["heading"]}"?' for row in topics]
+    examples = [f'What is said about "{row["topic"]}"?' for row in topics]
     return Documents(documents=[Document(**row) for row in rows], examples=examples)
 
 
@@ -1223,7 +1226,7 @@ SAMPLES = [
     "paddles. The miller is Sunniva Aas; before her it was her uncle Torbern.",
     "# Pump HX-220\n\nThe pump HX-220 lifts water to the mill pond. Error E47 means that its inlet "
     "sieve is blocked: switch it off, lift the green lid, and rinse the sieve.",
-    "# Flour\n\nA sack of rye flour weighs 25 kg and costs 310 crowns. Flour keeps for nine months.",
+    "# Flour\n\nA sack of rye flour weighs 25 kg and costs 310 crowns. It keeps for nine months.",
 ]
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 COUNT: Any = {"type": int, "metavar": "N"}
@@ -1772,7 +1775,7 @@ function openDrawer(title, ...content) {
 $("drawer").onclose = () => {
   // A citation that was clicked while the answer grew has been made anew: then the field.
   const lost = document.activeElement.matches("body, #drawer *");
-  if (lost) $("query").focus();
+  if (lost && !$("drawer").open) $("query").focus();
 };
 
 function openPassage(source) {
@@ -1805,7 +1808,8 @@ function openTrace(trace, usage) {
   const table = makeTable(["Sent as", "Passage", ...steps, "cosine"], candidates.map((found) => {
     const { n, heading, text, ranks, scores, left_out } = found;
     const passage = make("div", {}, place(found) + (heading ? ` | ${heading}` : ""),
-      make("p", { className: "muted" }, text), left_out ? `Left out: ${left_out}` : "");
+      make("p", { className: "muted" }, text.slice(0, 200)),
+      left_out ? `Left out: ${left_out}` : "");
     return [n && `[${n}]`, passage, ...steps.map((step) => ranks[step]), scores.cosine?.toFixed(2)];
   }));
   if (candidates.length) add("Candidates, and the rank each step gave them", table);

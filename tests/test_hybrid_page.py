@@ -53,6 +53,7 @@ def page(browser, url, fake, width):
     fake.recover()
     fake.token_delay = 0.0
     context = browser.new_context(viewport={"width": width, "height": 800})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
     complaints, asked = [], []
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
@@ -69,23 +70,64 @@ def page(browser, url, fake, width):
     assert [c for c in complaints if "Failed to load resource" not in c] == []
 
 
-def ask(page, question):
-    """Ask, and wait for the end of the answer: its article."""
+def start(page, question):
+    """Ask: the article of the answer, which is being written."""
+    turns = page.locator(".turn")
+    turn = turns.nth(turns.count())
     page.fill("#query", question)
     page.press("#query", "Enter")
-    turn = page.locator(".turn").last
     expect(turn.locator(".question")).to_have_text(question)
+    return turn
+
+
+def ask(page, question):
+    """Ask, and wait for the end of the answer: its article."""
+    turn = start(page, question)
     expect(turn).to_have_attribute("aria-busy", "false", timeout=20_000)
     return turn
+
+
+@on_a_phone_too
+def test_an_example_question_is_asked_and_comes_back_with_a_new_chat(page, fake):
+    fake.fail(reply="Her name is Sunniva Aas [1].")
+    examples = page.locator("#examples button")
+    expect(examples).to_have_count(3)
+    expect(examples.filter(has_text=HOSTILE)).to_have_count(1)
+    examples.filter(has_text="Miller").click()
+    expect(page.locator(".question")).to_have_text('What is said about "Miller"?')
+    expect(page.locator(".text")).to_have_text("Her name is Sunniva Aas [1].", timeout=20_000)
+    expect(examples.first).to_be_hidden()
+    page.click("#new-chat")
+    expect(examples.first).to_be_visible()
+
+
+def test_an_answer_is_copied_with_the_sources_that_it_cites(page, fake):
+    fake.fail(reply="The wheel has **32** oak paddles [1].")
+    turn = ask(page, WHEEL)
+    turn.get_by_role("button", name="Copy").click()
+    expect(turn.get_by_role("status")).to_have_text("Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "The wheel has **32** oak paddles [1].\n\n[1] notes/mill.md"
+
+
+def test_a_question_is_asked_again_with_the_history_before_it(page):
+    ask(page, WHEEL)
+    ask(page, "Who is the miller?")
+    histories = []
+    page.on("request", lambda request: histories.append(request.post_data_json["history"]))
+    for n in range(2):
+        page.locator(".turn .again").nth(n).click()
+        expect(page.locator(".turn[aria-busy=false]")).to_have_count(3 + n, timeout=20_000)
+    said = "The wheel of the Halden mill has 32 oak paddles."
+    first = [{"role": "user", "content": WHEEL}, {"role": "assistant", "content": said}]
+    assert histories == [[], first]
 
 
 @on_a_phone_too
 def test_an_answer_streams_and_its_citation_opens_the_passage(page, fake):
     fake.token_delay = 0.15
     fake.fail(reply="The wheel has **32** oak paddles [1], and so on [9].")
-    page.fill("#query", WHEEL)
-    page.press("#query", "Enter")
-    text = page.locator(".turn .text")
+    text = start(page, WHEEL).locator(".text")
     lengths = set()
     while page.locator(".turn").get_attribute("aria-busy") == "true":
         lengths.add(len(text.inner_text()))
@@ -131,11 +173,12 @@ def test_a_dropped_file_is_added_asked_and_removed(page, width):
     page.click("#docs-close")
     expect(ask(page, "When does the ferry leave Tornby?").locator(".text")).to_contain_text("9:40")
     page.click("#open-docs")
-    entry = page.locator("#doc-list li", has_text=name)
-    entry.locator(".remove").click()
-    entry.locator(".confirm").click()
-    expect(page.locator("#doc-status")).to_contain_text(f"Removed {name}", timeout=20_000)
-    expect(entry).to_have_count(0)
+    remove = page.get_by_role("button", name=f"Remove {name}")
+    remove.click()  # and say no, as Playwright does to dialogs
+    page.once("dialog", lambda dialog: dialog.accept())
+    remove.click()
+    expect(page.locator("#doc-status")).to_have_text(f"Removed {name}.", timeout=20_000)
+    expect(remove).to_have_count(0)
 
 
 def test_a_file_that_cannot_be_read_is_named(page, tmp_path):
@@ -162,9 +205,7 @@ def test_hostile_documents_and_answers_are_text(page, fake):
 def test_stop_keeps_what_came(page, fake):
     fake.token_delay = 0.2
     fake.fail(reply="The wheel turns. " * 50)
-    page.fill("#query", WHEEL)
-    page.press("#query", "Enter")
-    turn = page.locator(".turn")
+    turn = start(page, WHEEL)
     expect(turn.locator(".text")).to_contain_text("The wheel", timeout=20_000)
     page.click("#send")
     expect(turn).to_have_attribute("aria-busy", "false")
@@ -179,7 +220,21 @@ def test_an_llm_that_fails_is_told_and_the_next_question_works(page, fake):
     expect(ask(page, WHEEL).locator(".text")).to_contain_text("32")
 
 
-def test_it_can_be_used_by_keyboard(page):
+def test_events_are_read_wherever_the_network_cuts_them(page):
+    sent = ': ping\n\nevent: token\ndata: {"text": "é"}\n\nevent: done\ndata: {}\n\n'
+    read = """async (bytes) => {
+        const body = new ReadableStream({ start(stream) {
+            for (const byte of bytes) stream.enqueue(new Uint8Array([byte]));
+            stream.close();
+        } });
+        const events = [];
+        for await (const event of serverEvents({ body })) events.push(event);
+        return events;
+    }"""
+    assert page.evaluate(read, list(sent.encode())) == [["token", {"text": "é"}], ["done", {}]]
+
+
+def test_it_can_be_used_by_keyboard(page, fake):
     ask(page, "Who is the miller of Halden?")
     page.locator(".turn .cite").first.focus()
     page.keyboard.press("Enter")
@@ -187,16 +242,37 @@ def test_it_can_be_used_by_keyboard(page):
     page.keyboard.press("Escape")
     expect(page.locator(".turn .cite").first).to_be_focused()
     expect(page.get_by_role("log", name="Conversation")).to_be_visible()
+    page.click("#new-chat")  # else the first request would be to rewrite the question
+    fake.token_delay = 0.4
+    fake.fail(reply="Sunniva Aas [1] is the miller.")
+    turn = start(page, WHEEL)
+    turn.locator(".cite").click()  # which the next words make anew, so that it can't be focused
+    expect(turn).to_have_attribute("aria-busy", "false", timeout=20_000)
+    page.keyboard.press("Escape")
+    expect(page.locator("#query")).to_be_focused()
 
 
-def test_axe_finds_nothing_in_either_look(page):
-    ask(page, "Who is the miller of Halden?")
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_axe_finds_nothing_in_either_look_not_even_while_an_answer_is_written(page, fake, motion):
+    page.emulate_media(reduced_motion=motion)
+    fake.token_delay = 0.2
+    fake.fail(reply="The miller is Sunniva Aas [1]. " * 20)
     background = "getComputedStyle(document.body).backgroundColor"
     before = page.evaluate(background)
+    expect(start(page, WHEEL).locator(".state")).to_have_text("Writing ...", timeout=20_000)
+    halfway = """document.getAnimations().map((animation) => {
+        animation.pause();
+        animation.currentTime = animation.effect.getTiming().duration - 1;
+    }).length"""
+    assert page.evaluate(halfway) == (motion == "no-preference")
     for _ in range(2):
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
         page.click("#look")
+    expect(page.locator(".state")).to_have_text("Writing ...")
+    page.click("#send")
+    expect(page.locator(".state")).to_have_text("Stopped.")
+    assert Axe().run(page).violations_count == 0
     page.click("#look")
     assert page.evaluate(background) != before
     page.reload()
