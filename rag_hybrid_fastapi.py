@@ -224,6 +224,8 @@ def load_models(args: Namespace) -> None:
     args.tokenizer.no_padding()
     added = max(count_tokens(prompt, args) for prompt in ["", *args.embedder.prompts.values()])
     args.chunk_tokens = min(args.chunk_tokens, args.embedder.max_seq_length - added)
+    if args.chunk_overlap >= args.chunk_tokens:
+        raise ValueError(f"--chunk-overlap must be below the {args.chunk_tokens} tokens of a chunk")
     if args.reranker == "cross-encoder":
         args.cross_encoder = CrossEncoder(args.rerank_model)
 
@@ -355,6 +357,9 @@ class Store:
                 chunk["uploaded"] = uploaded
                 key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
                 wanted[int.from_bytes(key, "big")] = chunk
+        with self.in_use, self.database:  # a change that is killed half way must not look done
+            gone = [[source] for source in changed]
+            self.database.executemany("DELETE FROM documents WHERE source = ?", gone)
         outdated = set()
         for row in held:
             is_gone = not uploaded and not row["uploaded"] and row["source"] not in documents
@@ -1004,7 +1009,8 @@ class Guard:
         key = os.environ.get("RAG_API_KEY", "")
         given, wanted = headers.get("authorization", "").encode("latin-1"), f"Bearer {key}".encode()
         refusal = None
-        if headers.get("origin", "").partition("://")[2] not in ("", headers.get("host")):
+        origin = headers.get("origin", "")  # "null" of a sandboxed frame
+        if origin and origin.partition("://")[2] != headers.get("host"):
             refusal = HTTPException(403, "not from another site")
         elif key and not secrets.compare_digest(given, wanted):
             hint = {"WWW-Authenticate": "Bearer"}
