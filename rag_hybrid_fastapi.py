@@ -250,7 +250,6 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 # --- store: Chroma, and FTS5 that follows it ---
 
-COLLECTION = "rag_hybrid"
 CHROMA_PAGE = 300  # rows that Chroma Cloud reads or writes at once
 CANDIDATES = 100  # that each retriever finds for a question
 PLACE = ("source", "page", "heading", "start", "end", "uploaded")
@@ -260,18 +259,17 @@ def open_collection(args: Namespace) -> Any:
     """Open the collection, new or kept: in memory, in a folder, on a server, in Chroma Cloud."""
     import chromadb
 
-    settings = chromadb.Settings(anonymized_telemetry=False)
     if args.chroma_url == "cloud":
-        client = chromadb.CloudClient(settings=settings)  # reads CHROMA_API_KEY and so on
+        client = chromadb.CloudClient()  # reads CHROMA_API_KEY and so on
     elif args.chroma_url:
-        client = chromadb.HttpClient(args.chroma_url, settings=settings)
+        client = chromadb.HttpClient(args.chroma_url)
     elif args.index:
-        client = chromadb.PersistentClient(args.index, settings)
+        client = chromadb.PersistentClient(args.index)
     else:
-        client = chromadb.EphemeralClient(settings)
+        client = chromadb.EphemeralClient()
     made = {"embed_model": args.embed_model}
     space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
-    collection = client.get_or_create_collection(COLLECTION, None, space, made, None)
+    collection = client.get_or_create_collection("rag_hybrid", None, space, made, None)
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"the index is of --embed-model {model}: name that, or another --index")
