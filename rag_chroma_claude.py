@@ -9,14 +9,10 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these seven lines.
-# # [tool.uv.sources]
-# # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
-# # [[tool.uv.index]]
-# # name = "pytorch-cpu"
-# # url = "https://download.pytorch.org/whl/cpu"
-# # explicit = true
-# # exclude-newer = false  # the index has no upload dates
+# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these three lines.
+# # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
+# # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# # exclude-newer-package = { torch = false }  # that index has no upload dates
 # ///
 """Retrieval-augmented generation with all-MiniLM-L6-v2, a Chroma database and Claude.
 
@@ -84,13 +80,9 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        files = [] if Path(path).is_dir() else [Path(path)]
-        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
-        for folder, subfolders, names in walk:
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            names = sorted(name for name in names if name[0] != ".")
-            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
-        for file in tqdm(files, f"reading {path}", disable=None):
+        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
+        visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:

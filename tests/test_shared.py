@@ -170,7 +170,7 @@ FAULTS = {
         "    scores, rows = ",
         '    args.embed_model = "text-embedding-3-large"\n    scores, rows = ',
     ),
-    "swapped vectors": ("for vector in found])", "for vector in found[::-1]])"),
+    "swapped vectors": ("for key in texts])", "for key in reversed(texts)])"),
     "a chat model that embeds": ('"text-embedding-3-small"\nEMBED_BATCH', '"gpt-4o"\nEMBED_BATCH'),
     "no system role": ('"role": "system"', '"role": "instructions"'),
     "the farthest first": ("in enumerate(found, 1)]", "in enumerate(reversed([*found]), 1)]"),
