@@ -25,6 +25,7 @@ import fileinput
 import json
 import logging
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -34,7 +35,6 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -336,9 +336,8 @@ add("--json", action="store_true", help="print one JSON object per question")
 
 def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
-    clean = "".join(char for char in text if char in "\n\t" or category(char)[0] != "C")
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     tqdm.write(clean, file or sys.stderr, end)
-    (file or sys.stderr).flush()
 
 
 def print_sources(record: dict[str, Any], args: Namespace) -> None:
@@ -376,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:
-                print(json.dumps(record), flush=True)
+                print(json.dumps(record))
             if record["error"]:
                 say(f"error: {record['error']}")
                 code = 1
@@ -394,5 +393,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
     sys.exit(main())

@@ -43,7 +43,6 @@ from hashlib import sha256
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -126,10 +125,8 @@ def load_models(args: Namespace) -> TextSplitter:
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
-    tokenizer, prompts = args.embedder.tokenizer, args.embedder.prompts.values()
-    added = max(len(tokenizer.encode(prompt)) for prompt in ["", *prompts])
-    limit = args.embedder.max_seq_length - added
-    return TextSplitter.from_huggingface_tokenizer(tokenizer.backend_tokenizer, limit)
+    limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
+    return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
@@ -394,9 +391,8 @@ add("--json", action="store_true", help="print one JSON object per question")
 
 def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
-    clean = "".join(char for char in text if char in "\n\t" or category(char)[0] != "C")
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     tqdm.write(clean, file or sys.stderr, end)
-    (file or sys.stderr).flush()
 
 
 def print_sources(record: dict[str, Any], args: Namespace) -> None:
@@ -434,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:
-                print(json.dumps(record), flush=True)
+                print(json.dumps(record))
             if record["error"]:
                 say(f"error: {record['error']}")
                 code = 1
@@ -452,5 +448,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
     sys.exit(main())

@@ -296,7 +296,7 @@ def test_spaces_of_all_kinds_still_part_the_words(ask, tmp_path):
 def test_a_closed_output_ends_the_run_quietly(rag, server, capsys, monkeypatch, args):
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does once it has enough
-    with os.fdopen(writing, "w") as stdout:
+    with os.fdopen(writing, "w", buffering=1) as stdout:  # by lines, as a script sets it
         monkeypatch.setattr(sys, "stdout", stdout)
         assert rag.main([*args, LIGHTHOUSE, FERRY, CUP]) == 0
     assert "error" not in capsys.readouterr().err
