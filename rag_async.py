@@ -215,16 +215,13 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
         model=args.model, messages=messages, max_completion_tokens=MAX_ANSWER_TOKENS
     )
     choice, used = completion.choices[0], completion.usage
-    answer = choice.message.content
-    if not answer:
-        raise RuntimeError("the LLM returned no text")
     if choice.finish_reason != "stop":
         say(f"cut at {MAX_ANSWER_TOKENS} tokens or before ({choice.finish_reason}): {question}")
     # A token is normally about four characters.
     if used and used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
     usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
-    return answer, usage
+    return choice.message.content, usage
 
 
 # --- answer: many questions at once ---
@@ -264,10 +261,9 @@ def read_answered(path: str) -> tuple[Path, set[str]]:
     return Path(path), answered
 
 
-add_option = PARSER.add_argument  # only this script's
-add_option("--questions", type=read_questions, default=[], metavar="FILE", help="- is stdin")
-add_option("--out", type=read_answered, metavar="FILE", help="add JSON Lines there, and resume")
-add_option("--concurrency", type=int, default=20, metavar="N", help="at once (%(default)s)")
+PARSER.add_argument("--questions", type=read_questions, default=[], metavar="FILE", help="-: stdin")
+PARSER.add_argument("--out", type=read_answered, metavar="FILE", help="add JSON Lines, and resume")
+PARSER.add_argument("--concurrency", type=int, default=20, metavar="N", help="%(default)s at once")
 
 
 async def answer_question(question: str, index: Any, args: Namespace) -> dict[str, Any]:
@@ -280,6 +276,8 @@ async def answer_question(question: str, index: Any, args: Namespace) -> dict[st
             found = time.perf_counter()
             if not args.retrieve_only:
                 answer, usage = await generate(question, record["sources"], args)
+                if not answer:
+                    raise RuntimeError("the LLM returned no text")
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)

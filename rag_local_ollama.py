@@ -22,11 +22,10 @@
     uv run rag_local_ollama.py --docs notes/ "What did we decide?"
     uv run rag_local_ollama.py --docs notes/ --index notes.db     # later runs embed only changes
 
-Requires no key. Downloads 0.5 GB of packages (on Linux 3.4 GB: the lines above say how to take
-less), and needs 1.2 GB of memory. Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the
-answers; where none listens at OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in
-here: a vector database (rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once
-(rag_async.py).
+Requires no key, but 0.5 GB of packages (on Linux 3.4 GB, or less: see above) and 1.2 GB of memory.
+Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the answers; where none listens at
+OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in here: a vector database
+(rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once (rag_async.py).
 """
 
 import json
@@ -250,8 +249,7 @@ def connect(args: Namespace) -> None:
                 raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
             say(f"no Ollama at {host}: an embedded LLM quotes the documents; Ollama would write")
     # Ctrl-C does not interrupt a thread: a server destroyed before it has served hangs for good.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(start_llama, args).result()
+    ThreadPoolExecutor(1).submit(start_llama, args).result()
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, Any]:

@@ -287,12 +287,9 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
         if args.chat and answer:
             said = re.sub(r" ?\[\d+\]", "", answer)  # the numbers mean other passages next time
-            history += [asked, {"role": "assistant", "content": said}]
-            del history[:-HISTORY_MESSAGES]
+            history = [*history, asked, {"role": "assistant", "content": said}][-HISTORY_MESSAGES:]
         if not args.json:
             say("", sys.stdout)
-        if answer:
-            say(f"first token after {record['seconds']['first_token']:.2f} s")
         yield record
 
 
