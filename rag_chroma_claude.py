@@ -139,8 +139,6 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 # --- index: Chroma ---
 
-COLLECTION = "rag_chroma_claude"
-
 
 def open_collection(args: Namespace) -> Any:
     """Open the collection, new or kept: in memory, in a folder, on a server, in Chroma Cloud."""
@@ -159,7 +157,7 @@ def open_collection(args: Namespace) -> Any:
         client = chromadb.EphemeralClient()
     made = {"embed_model": args.embed_model}
     space: Any = {"hnsw": {"space": "cosine"}}
-    collection = client.get_or_create_collection(COLLECTION, None, space, made, None)
+    collection = client.get_or_create_collection("rag_chroma_claude", None, space, made, None)
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"{args.index} is of --embed-model {model}: name that, or another --index")

@@ -142,7 +142,7 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
     texts = {sha256(f"{model} {c['text']}".encode()).digest(): c["text"] for c in chunks}
     missing = [key for key in texts if key not in vectors]
     if chunks is kept and (missing or not kept):
-        raise ValueError(f"{args.index} has no vectors of {model}: run again with --docs")
+        raise ValueError(f"{args.index} lacks vectors of {model}: name its --embed-model or --docs")
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
         batch = missing[start : start + EMBED_BATCH]
         new = list(zip(batch, embed([texts[key] for key in batch], args), strict=True))
