@@ -25,6 +25,7 @@ import fileinput
 import json
 import logging
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -34,7 +35,6 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -76,13 +76,9 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        files = [] if Path(path).is_dir() else [Path(path)]
-        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
-        for folder, subfolders, names in walk:
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            names = sorted(name for name in names if name[0] != ".")
-            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
-        for file in tqdm(files, f"reading {path}", disable=None):
+        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
+        visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
@@ -127,42 +123,43 @@ def embed(texts: list[str], args: Namespace) -> np.ndarray:
 
 # --- index: SQLite ---
 
-APPLICATION_ID = 0x52414731  # in the file's header: identifies our databases
+APPLICATION_ID = 0x52414732  # in the file's header: identifies our databases
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
     """Make `chunks` the index's content, embedding only new texts. Without chunks, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
+    db.row_factory = sqlite3.Row
     if not db.execute("SELECT * FROM sqlite_master").fetchone():
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise ValueError(f"{args.index} is another program's database: name another --index")
-    db.execute("CREATE TABLE IF NOT EXISTS vectors (model, hash, vector, UNIQUE (model, hash))")
-    db.execute("CREATE TABLE IF NOT EXISTS chunks (text, source, page, model, hash)")
-    rows = [(*c.values(), args.embed_model, sha256(c["text"].encode()).digest()) for c in chunks]
-    known = set(db.execute("SELECT model, hash FROM vectors"))
-    missing = [row for row in rows if row[3:] not in known]
+    db.execute("CREATE TABLE IF NOT EXISTS vectors (key PRIMARY KEY, vector)")
+    db.execute("CREATE TABLE IF NOT EXISTS chunks (text, source, page)")
+    with db:  # one transaction: both are of the same moment
+        db.execute("BEGIN")
+        kept = [dict(row) for row in db.execute("SELECT * FROM chunks")]
+        vectors = dict(db.execute("SELECT * FROM vectors"))
+    model, chunks = args.embed_model, chunks or kept
+    texts = {sha256(f"{model} {c['text']}".encode()).digest(): c["text"] for c in chunks}
+    missing = [key for key in texts if key not in vectors]
+    if chunks is kept and (missing or not kept):
+        raise ValueError(f"{args.index} lacks vectors of {model}: name its --embed-model or --docs")
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
         batch = missing[start : start + EMBED_BATCH]
-        vectors = embed([row[0] for row in batch], args)
-        new = [(*row[3:], vector) for row, vector in zip(batch, vectors, strict=True)]
+        new = list(zip(batch, embed([texts[key] for key in batch], args), strict=True))
+        vectors |= new
         with db:  # one transaction per batch: the next run resumes where one was killed
-            db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", new)
-    with db:  # and one for all chunks: other processes see the old ones or the new
-        db.execute("BEGIN IMMEDIATE" if rows else "BEGIN")
-        if rows and rows != db.execute("SELECT * FROM chunks").fetchall():
+            db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", new)
+    if missing or chunks != kept:
+        with db:  # and one for all: other processes see the old content or the new
             db.execute("DELETE FROM chunks")
-            db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
-            used = "SELECT model, hash FROM chunks"
-            db.execute(f"DELETE FROM vectors WHERE (model, hash) NOT IN ({used})")
-        rows = db.execute("SELECT * FROM chunks LEFT JOIN vectors USING (model, hash)").fetchall()
-        found = [row[-1] for row in rows if row[3] == args.embed_model]
-        if not found or None in found:  # raising rolls the transaction back
-            lacks = f"{args.index} lacks vectors of {args.embed_model}"
-            raise ValueError(f"{lacks}, or another run has changed it: run again with --docs")
-        vectors = np.stack([np.frombuffer(vector, np.float32) for vector in found])
-    say(f"index: {len(rows)} chunks, {len(missing)} of them new")
-    return [dict(zip(("text", "source", "page"), row[:3], strict=True)) for row in rows], vectors
+            db.executemany("INSERT INTO chunks VALUES (:text, :source, :page)", chunks)
+            db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", vectors.items())
+            unused = [(key,) for key in vectors if key not in texts]
+            db.executemany("DELETE FROM vectors WHERE key = ?", unused)
+    say(f"index: {len(chunks)} chunks, {len(missing)} of them new")
+    return chunks, np.stack([np.frombuffer(vectors[key], np.float32) for key in texts])
 
 
 # --- retrieve: FAISS, asynchronous ---
@@ -218,16 +215,13 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
         model=args.model, messages=messages, max_completion_tokens=MAX_ANSWER_TOKENS
     )
     choice, used = completion.choices[0], completion.usage
-    answer = choice.message.content
-    if not answer:
-        raise RuntimeError("the LLM returned no text")
     if choice.finish_reason != "stop":
         say(f"cut at {MAX_ANSWER_TOKENS} tokens or before ({choice.finish_reason}): {question}")
     # A token is normally about four characters.
     if used and used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
     usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
-    return answer, usage
+    return choice.message.content, usage
 
 
 # --- answer: many questions at once ---
@@ -238,44 +232,38 @@ def read_questions(path: str) -> list[str]:
     questions = []
     with fileinput.input(path, mode="rb") as lines:
         try:
-            for line in filter(bytes.strip, lines):
+            for line in lines:
                 text = line.decode("utf-8-sig").strip()
-                questions.append(json.loads(text)["question"] if text.startswith("{") else text)
-            if not all(map(str.strip, questions or [""])):
-                raise ValueError("no question")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                question = json.loads(text)["question"] if text.startswith("{") else text
+                questions.append(question.strip())
+        except Exception as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
-    return questions
+    return list(filter(None, questions))
 
 
 def read_answered(path: str) -> tuple[Path, set[str]]:
     """Read --out: its path, and the questions answered there. Drops a torn last line."""
     answered = set()
-    size = number = 0
-    line = b""
+    number = 0
     try:
         Path(path).touch()
-        for line in Path(path).read_bytes().splitlines(keepends=True):
+        *lines, torn = Path(path).read_bytes().split(b"\n")
+        if not b'{"question":'.startswith(torn[:12]):
+            lines.append(torn)  # not ours: refused below
+        for line in lines:
             number += 1
             record = json.loads(line)
-            is_answered = record["answer"] and not record["error"]
-            if not line.endswith(b"\n"):
-                raise ValueError("torn")
-            if is_answered:
+            if record["answer"] and not record["error"]:
                 answered.add(record["question"])
-            size += len(line)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        is_torn = isinstance(error, ValueError) and line[:12] == b'{"question":'[: len(line)]
-        if not is_torn or line.endswith(b"\n"):
-            raise ArgumentTypeError(f"{path}, line {number}: {error!r}") from error
-        os.truncate(path, size)
+        os.truncate(path, Path(path).stat().st_size - len(torn))
+    except Exception as error:
+        raise ArgumentTypeError(f"{path}, line {number}: {error!r}") from error
     return Path(path), answered
 
 
-add_option = PARSER.add_argument  # only this script's
-add_option("--questions", type=read_questions, default=[], metavar="FILE", help="- is stdin")
-add_option("--out", type=read_answered, metavar="FILE", help="add JSON Lines there, and resume")
-add_option("--concurrency", type=int, default=20, metavar="N", help="at once (%(default)s)")
+PARSER.add_argument("--questions", type=read_questions, default=[], metavar="FILE", help="-: stdin")
+PARSER.add_argument("--out", type=read_answered, metavar="FILE", help="add JSON Lines, and resume")
+PARSER.add_argument("--concurrency", type=int, default=20, metavar="N", help="%(default)s at once")
 
 
 async def answer_question(question: str, index: Any, args: Namespace) -> dict[str, Any]:
@@ -288,6 +276,8 @@ async def answer_question(question: str, index: Any, args: Namespace) -> dict[st
             found = time.perf_counter()
             if not args.retrieve_only:
                 answer, usage = await generate(question, record["sources"], args)
+                if not answer:
+                    raise RuntimeError("the LLM returned no text")
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
@@ -306,10 +296,8 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError("--concurrency must be 1 or more")
     args.limit = asyncio.Semaphore(args.concurrency)
     args.llm = openai.AsyncOpenAI(timeout=300, max_retries=8)  # many at once meet rate limits
-    samples = [] if args.docs or args.index else QUESTIONS
-    asked = args.question + args.questions or samples
-    answered = args.out[1] if args.out else set()
-    questions = [question for question in asked if question not in answered]
+    asked = args.question + args.questions or ([] if args.docs or args.index else QUESTIONS)
+    questions = [question for question in asked if not args.out or question not in args.out[1]]
     # The event loop has a thread of its own: this one prints, and Ctrl-C ends it at once.
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True).start()
@@ -321,8 +309,6 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
             print_sources(record, args)
             say(f"Answer: {record['answer']}" if record["answer"] else "", sys.stdout)
         yield record
-    start(args.llm.close(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
 
 
 # --- command line ---
@@ -348,9 +334,8 @@ add("--json", action="store_true", help="print one JSON object per question")
 
 def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
-    clean = "".join(char for char in text if char in "\n\t" or category(char)[0] != "C")
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     tqdm.write(clean, file or sys.stderr, end)
-    (file or sys.stderr).flush()
 
 
 def print_sources(record: dict[str, Any], args: Namespace) -> None:
@@ -388,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:
-                print(json.dumps(record), flush=True)
+                print(json.dumps(record))
             if record["error"]:
                 say(f"error: {record['error']}")
                 code = 1
@@ -406,5 +391,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
     sys.exit(main())

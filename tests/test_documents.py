@@ -65,6 +65,13 @@ def test_a_folder_is_read_with_its_subfolders_and_nothing_hidden(tmp_path, capsy
     assert "left out" not in capsys.readouterr().err
 
 
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    (tmp_path / "a.txt").write_text("Read once.")
+    for name in ("one", "two"):  # a walk through both in turn would have no end
+        (tmp_path / name).symlink_to(".")
+    assert texts(load(tmp_path)) == ["Read once."]
+
+
 @pytest.mark.parametrize("name", [b"a[1].txt", b"*.txt", b"two words.txt", b"caf\xe9.txt"])
 def test_a_file_of_any_name_is_read_and_can_be_sent(tmp_path, name):
     folder = tmp_path / "notes [old]"

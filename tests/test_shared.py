@@ -22,13 +22,13 @@ from test_contract import SCRIPTS, call, demonstration_faults
 SMALL = [f"{script.name}.py" for script in SCRIPTS]
 WITH_TORCH = sorted(p.name for p in ROOT.glob("rag_*.py") if "whl/cpu" in p.read_text())
 MOST_LINES = {  # the design wants 350, 390 for the local one, and 1,720 in all: not reached yet
-    "rag_faiss_openai.py": 350,
-    "rag_chroma_claude.py": 380,
-    "rag_streaming.py": 390,
-    "rag_async.py": 415,
-    "rag_local_ollama.py": 470,
+    "rag_faiss_openai.py": 326,
+    "rag_chroma_claude.py": 362,
+    "rag_streaming.py": 377,
+    "rag_async.py": 395,
+    "rag_local_ollama.py": 450,
 }
-MOST_LINES_IN_ALL = 1_970
+MOST_LINES_IN_ALL = 1_910
 MOST_LINES_OF_A_FUNCTION = 50
 each_small = pytest.mark.parametrize("script", SMALL)
 
@@ -170,7 +170,7 @@ FAULTS = {
         "    scores, rows = ",
         '    args.embed_model = "text-embedding-3-large"\n    scores, rows = ',
     ),
-    "swapped vectors": ("for vector in found])", "for vector in found[::-1]])"),
+    "swapped vectors": ("for key in texts])", "for key in reversed(texts)])"),
     "a chat model that embeds": ('"text-embedding-3-small"\nEMBED_BATCH', '"gpt-4o"\nEMBED_BATCH'),
     "no system role": ('"role": "system"', '"role": "instructions"'),
     "the farthest first": ("in enumerate(found, 1)]", "in enumerate(reversed([*found]), 1)]"),
