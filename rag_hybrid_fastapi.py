@@ -997,7 +997,8 @@ class Guard:
         key = os.environ.get("RAG_API_KEY", "")
         given, wanted = headers.get("authorization", "").encode("latin-1"), f"Bearer {key}".encode()
         refusal = None
-        if headers.get("origin", "").partition("://")[2] not in ("", headers.get("host")):
+        origin = headers.get("origin", "")  # "null" of a sandboxed frame
+        if origin and origin.partition("://")[2] != headers.get("host"):
             refusal = HTTPException(403, "not from another site")
         elif key and not secrets.compare_digest(given, wanted):
             hint = {"WWW-Authenticate": "Bearer"}
