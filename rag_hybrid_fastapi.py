@@ -348,6 +348,9 @@ class Store:
                 chunk["uploaded"] = uploaded
                 key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
                 wanted[int.from_bytes(key, "big")] = chunk
+        with self.in_use, self.database:  # a change that is killed half way must not look done
+            gone = [[source] for source in changed]
+            self.database.executemany("DELETE FROM documents WHERE source = ?", gone)
         outdated = set()
         for row in held:
             is_gone = not uploaded and not row["uploaded"] and row["source"] not in documents
