@@ -217,6 +217,8 @@ def load_models(args: Namespace) -> None:
     args.tokenizer.no_padding()
     added = max(count_tokens(prompt, args) for prompt in ["", *args.embedder.prompts.values()])
     args.chunk_tokens = min(args.chunk_tokens, args.embedder.max_seq_length - added)
+    if args.chunk_overlap >= args.chunk_tokens:
+        raise ValueError(f"--chunk-overlap must be below the {args.chunk_tokens} tokens of a chunk")
     if args.reranker == "cross-encoder":
         args.cross_encoder = CrossEncoder(args.rerank_model)
 
