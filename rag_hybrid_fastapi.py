@@ -1035,7 +1035,9 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     thread.start()
     yield
     state.args.stopped.set()
-    thread.join(timeout=5)  # an import can't be stopped
+    thread.join(timeout=5)
+    if thread.is_alive():  # imports can't be stopped, and torch aborts if Python ends beside it
+        os._exit(130)
 
 
 app = FastAPIOffline(title="RAG", redoc_url=None, lifespan=lifespan)

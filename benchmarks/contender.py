@@ -1,11 +1,10 @@
 """Let one contender of peers.py do the work in this process, and print as JSON what it took.
 
-    PYTHON benchmarks/contender.py benchmarks/peers/txtai.py WORK [--import MODULE]
-           [--option WORD] [--package NAME]
+    PYTHON benchmarks/contender.py benchmarks/peers/txtai.py WORK [--import MODULE] [--package NAME]
 
 WORK is a JSON file: {"corpus": {id: text}, "questions": [str]}. PYTHON is that of the contender's
 environment: so this file imports nothing but the standard library, and is no part of its code,
-which has three functions: `load(model, *options)`, `index(embedder, corpus)`, and
+which has three functions: `load(model)`, `index(embedder, corpus)`, and
 `query(index, question, k)`, which returns ids, the nearest first.
 """
 
@@ -51,7 +50,6 @@ def main() -> None:
     add("file", type=Path)
     add("work", type=Path)
     add("--import", action="append", default=[], dest="postponed", help="used late by its library")
-    add("--option", action="append", default=[], help="for the contender's `load`")
     add("--package", action="append", default=[], help="whose version is told")
     args = parser.parse_args()
     work = json.loads(args.work.read_text(encoding="utf-8"))
@@ -60,7 +58,7 @@ def main() -> None:
     sys.path.append(str(ROOT))  # where our scripts are
 
     contender, importing = timed(execute, args.file, args.postponed)
-    embedder, loading = timed(contender.load, model, *args.option)
+    embedder, loading = timed(contender.load, model)
     ready_at = time.time()
     worked = time.process_time()
     index, indexing = timed(contender.index, embedder, work["corpus"])

@@ -90,7 +90,6 @@ class Contender:
     package: str = ""  # whose version is told
     script: str = ""  # of ours, in whose environment it runs
     postponed: tuple[str, ...] = ()  # imports that its library puts off until they are used
-    options: tuple[str, ...] = ()
     install: dict[str, str] = field(default_factory=dict)  # uv's settings
 
     @property
@@ -100,20 +99,17 @@ class Contender:
 
 
 TORCH = ("torch", "sentence_transformers")
-HYBRID: dict[str, Any] = {
-    "file": "ours_hybrid.py",
-    "script": "rag_hybrid_fastapi.py",
-    "postponed": (*TORCH, "chromadb", "bm25s"),
-}
 COPY = {"UV_LINK_MODE": "copy"}  # LlamaIndex refuses to read its own files where they are links
 CONTENDERS = {
     "floor": Contender("floor", "floor.py", "sentence-transformers"),
     "dense": Contender(
         "rag_local_ollama.py", "ours_dense.py", script="rag_local_ollama.py", postponed=TORCH
     ),
-    "hybrid": Contender("rag_hybrid_fastapi.py", **HYBRID),
-    "hybrid-plain": Contender(
-        "the same, --reranker none", options=("--reranker", "none"), **HYBRID
+    "hybrid": Contender(
+        "rag_hybrid_fastapi.py",
+        "ours_hybrid.py",
+        script="rag_hybrid_fastapi.py",
+        postponed=(*TORCH, "chromadb"),
     ),
     "langchain": Contender(
         "LangChain", "langchain.py", "langchain-core", postponed=("sentence_transformers",)
@@ -177,11 +173,10 @@ def install(contender: Contender) -> Path:
 def once(contender: Contender, python: Path, work: Path) -> dict[str, Any]:
     """Let a contender do the work in a new process. Returns what contender.py prints."""
     imports = [word for name in contender.postponed for word in ("--import", name)]
-    options = [f"--option={word}" for word in contender.options]
     packages = ("torch", "transformers", *([contender.package] if contender.package else []))
     versions = [word for name in packages for word in ("--package", name)]
     start = time.time()
-    command = (python, HERE / "contender.py", contender.code, work, *imports, *options, *versions)
+    command = (python, HERE / "contender.py", contender.code, work, *imports, *versions)
     printed = run(*command, **OFFLINE, **THREADS)
     try:
         figures = json.loads(printed.splitlines()[-1])

@@ -57,20 +57,11 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         pytest.fail(reached[0])
 
 
-def _forget_clients() -> None:
-    """Drop the clients that rag_hybrid_fastapi.py keeps: they know the address of a fake."""
-    if script := sys.modules.get("rag_hybrid_fastapi"):
-        script.client.cache_clear()
-        script.ollama.cache_clear()
-
-
 def _serve(monkeypatch: pytest.MonkeyPatch, is_ollama: bool) -> Iterator[FakeLLM]:
     with FakeLLM(ollama=is_ollama) as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        _forget_clients()
         yield server
-        _forget_clients()
         assert server.errors == []
 
 
@@ -157,7 +148,7 @@ def served(script: str, *args: str, cwd: Path, env: dict[str, str] | None = None
 
 
 HEAVY = {"torch", "transformers", "sentence_transformers", "chromadb", "faiss", "xllamacpp"}
-HEAVY |= {"anthropic", "bm25s", "fastapi"}
+HEAVY |= {"anthropic", "fastapi"}
 
 
 def run_light(script: str, *args: str, heavy: set[str] = HEAVY) -> subprocess.CompletedProcess[str]:

@@ -1,13 +1,14 @@
-"""Runs of a script that are forked from one process with the imports made: seconds saved on each.
+"""Servers that are forked from one process with the imports made: seconds saved on each.
 
-They are real processes, with files for stdout and stderr, and can be killed; the guard around the
-network holds in them too.
+They are real processes, with a file for stderr, and can be killed; the guard around the network
+holds in them too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, THEIRS, environment
+from conftest import READY, ROOT, environment
 
 PARENT = """
 import json, os, sys
@@ -32,20 +33,19 @@ for line in sys.stdin:
     pid = os.fork()
     if not pid:
         os.environ.update(given["env"])
-        for stream, name in ((1, given["out"]), (2, given["err"])):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+        os.dup2(os.open(given["log"], os.O_CREAT | os.O_WRONLY), 2)
+        os.dup2(2, 1)
         sys.exit(rag.main(given["args"]))  # and a whole end of the interpreter after it
     print(pid, flush=True)
 """
 
 
 class Nursery:
-    """The process that forks the runs. Its `setup` imports all, and defines `rag`, the script."""
+    """The process that forks the servers. Its `setup` imports all, and defines `rag`."""
 
     def __init__(self, folder: Path, setup: str) -> None:
         self.folder = folder
-        self.pids: list[int] = []
-        self.codes: dict[int, int] = {}
+        self.servers: list[Server] = []
         self.process = subprocess.Popen(
             [sys.executable, "-c", PARENT.format(root=str(ROOT), setup=setup)],
             env=environment(),
@@ -55,61 +55,60 @@ class Nursery:
         )
 
     def close(self) -> None:
-        """End the process; runs that are under way go on."""
+        """End the servers that still run, and the process."""
+        for server in self.servers:
+            server.end()
         self.process.communicate()
 
-    def _order(self, what: str, given: object) -> int | None:
+    def order(self, what: str, given: object) -> int | None:
+        """Let the process start a server, or look for the end of one."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps([what, given]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(
-        self, *args: object, env: dict[str, str] | None = None, err: str | None = None
-    ) -> int:
-        """Start a run, with the test's fake: its process id. `err`: a terminal for its stderr."""
-        place = self.folder / str(len(self.pids))
-        fakes = {name: value for name, value in os.environ.items() if name.startswith(THEIRS)}
-        given = {
-            "args": [*map(str, args)],
-            "env": fakes | (env or {}),
-            "out": f"{place}.out",
-            "err": err or f"{place}.err",
-        }
-        pid = self._order("start", given)
+    def start(self, *args: object, env: dict[str, str]) -> Server:
+        """Start a server."""
+        log = self.folder / f"{len(self.servers)}.log"
+        pid = self.order("start", {"args": [*map(str, args)], "env": env, "log": str(log)})
         assert pid
-        self.pids.append(pid)
-        return pid
+        self.servers.append(Server(self, pid, log))
+        return self.servers[-1]
 
-    def is_running(self, pid: int) -> bool:
-        """Whether a run has not ended yet."""
-        if pid not in self.codes and (code := self._order("poll", pid)) is not None:
-            self.codes[pid] = code
-        return pid not in self.codes
 
-    def wait(self, pid: int, seconds: float = 120) -> tuple[int, str]:
-        """Wait for a run: its exit code and its stderr. One that hangs is killed."""
-        if self.is_running(pid):
-            killer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, nursery: Nursery, pid: int, log: Path) -> None:
+        self.nursery, self.pid, self._log = nursery, pid, log
+        self.code: int | None = None
+
+    @property
+    def log(self) -> str:
+        """What it has written."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def url(self) -> str:
+        """Return its address, once it is ready."""
+
+        def ready() -> re.Match[str] | None:
+            self.code = self.nursery.order("poll", self.pid)
+            assert self.code is None, self.log
+            return re.search(f"{READY}\n", self.log)
+
+        return wait_for(ready)[1]
+
+    def end(self, number: int = signal.SIGTERM) -> int | None:
+        """Send a signal, and wait for the end: the exit code. One that hangs is killed."""
+        if self.code is None:
+            os.kill(self.pid, number)
+            killer = threading.Timer(120, os.kill, (self.pid, signal.SIGKILL))
             killer.start()
-            code = self._order("wait", pid)
+            self.code = self.nursery.order("wait", self.pid)
             killer.cancel()
-            assert code is not None
-            self.codes[pid] = code
-        return self.codes[pid], self.errors(pid)
-
-    def output(self, pid: int) -> str:
-        """What a run has written to stdout."""
-        return self._read(pid, "out")
-
-    def errors(self, pid: int) -> str:
-        """What a run has written to stderr, unless that is a terminal."""
-        return self._read(pid, "err")
-
-    def _read(self, pid: int, stream: str) -> str:
-        path = self.folder / f"{self.pids.index(pid)}.{stream}"
-        return path.read_text() if path.exists() else ""
+        assert not re.search("Traceback|terminate called", self.log), self.log
+        return self.code
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:

@@ -6,22 +6,22 @@ from typing import Any
 import rag_hybrid_fastapi as rag
 
 
-def load(model: str, *options: str) -> Any:
-    """Open a store in memory, and load the embedder: by its name, from the same package."""
-    args = rag.parse_arguments(["a question", "--retrieve-only", *options])
-    rag.check_backend(args)
-    store = rag.Store(args, threading.Event())
-    rag.load_embedder(args.embed_model, args.precision)
-    return store
+def load(model: str) -> Any:
+    """Load the embedder: by its name, which the script finds in the same package."""
+    args = rag.PARSER.parse_args(["--retrieve-only"])
+    args.stopped = threading.Event()
+    rag.load_models(args)
+    return args
 
 
 def index(embedder: Any, corpus: dict[str, str]) -> Any:
-    """Embed and store the paragraphs, given by their ids."""
-    chunks = [rag.Chunk(text, key, end=len(text)) for key, text in corpus.items()]
-    embedder.change(lambda _: chunks)
-    return embedder
+    """Embed and store the paragraphs, given by their ids, each of which is one chunk."""
+    rag.CHUNKERS["recursive"] = lambda text, args: [(0, text)]
+    store = rag.Store(embedder)
+    store.update({key: [text] for key, text in corpus.items()})
+    return store
 
 
 def query(index: Any, question: str, k: int) -> list[str]:
     """Ids of the k best paragraphs, the best first."""
-    return [found.chunk.source for found in rag.retrieve([question], index, {})][:k]
+    return [hit["source"] for hit in rag.retrieve([question], index, {})][:k]
