@@ -22,7 +22,7 @@ file everything but the question may be left out:
 document answers the question, so the script should refuse. In brackets are 95 % intervals; "-" is
 not known. Cost is that of the LLM's tokens by list price; asking hosted LLMs costs it here too.
 
-Downloads 65 MB of packages, and what each script needs. Exit code 0: all that can run here was
+Downloads 57 MB of packages, and what each script needs. Exit code 0: all that can run here was
 compared. 1: a script or a question failed. 2: nothing could run, or a file or an argument is wrong.
 130: Ctrl-C, after showing what was measured until then.
 """
@@ -90,8 +90,7 @@ def is_named(source: str, label: str) -> bool:
 
 def read_questions(lines: str, docs: list[str]) -> list[Question]:
     """Read JSON Lines. Each label that names a file must name exactly one under --docs."""
-    paths = [path for folder in docs for path in [Path(folder), *Path(folder).rglob("*")]]
-    files = [path.as_posix() for path in paths if path.is_file()]
+    paths = [path for each in docs for path in [Path(each), *Path(each).rglob("*")]]
     questions = []
     for n, line in enumerate(lines.rstrip().split("\n"), 1):
         try:
@@ -100,7 +99,7 @@ def read_questions(lines: str, docs: list[str]) -> list[Question]:
             raise ValueError(f"questions, line {n}: {first_fault(error)}") from error
         for label in question.relevant or []:
             if isinstance(label, str):
-                named = sum(is_named(file, label) for file in files)
+                named = sum(is_named(path.as_posix(), label) for path in paths)
                 if named != 1:
                     raise ValueError(f"questions, line {n}: {label} names {named} documents")
         questions.append(question)
@@ -255,7 +254,7 @@ def run_script(script: Script, questions: list[str], index: str, args: Namespace
             ask(script, questions[start : start + BATCH], options, args)
         errors = [record.error for record in script.records if record.error]
         if errors:
-            raise ScriptError(f"{len(errors)} questions failed: {errors[0]}")
+            raise ScriptError(f"{len(errors)} of {len(questions)} questions: {errors[0]}")
         script.status = "ok"
     except (ScriptError, OSError) as error:
         script.reason = str(error)
@@ -383,7 +382,7 @@ def measure(script: Script, args: Namespace) -> dict[str, Any]:
 
 
 def compare_best(scripts: list[Script]) -> list[str]:
-    """Say by how much the best script is ahead of each other, on the questions both were asked."""
+    """Say by how much the best script is ahead of each other one, where both were asked."""
     lines = []
     for key in ("nDCG@k", "expected in answer"):
         rated = [script for script in scripts if script.figures[key]]
@@ -391,10 +390,11 @@ def compare_best(scripts: list[Script]) -> list[str]:
         for other in rated[1:]:
             best = rated[0]
             pairs = zip(best.scores, other.scores, strict=False)
-            found = interval([a[key] - b[key] for a, b in pairs if key in a and key in b])
-            better = found and found.get("low", 0) > 0
-            verdict = "is better than" if better else "is not clearly better than"
-            lines.append(f"{key}: {best.name} {verdict} {other.name}: {number(found)}.")
+            both = [a[key] - b[key] for a, b in pairs if key in a and key in b]
+            found = interval(both) or {"mean": 0, "questions": 0}
+            verdict = "better" if found.get("low", 0) > 0 else "no clear difference"
+            by = f"{number(found)} on {found['questions']} questions"
+            lines.append(f"{key}: {best.name} against {other.name}: {by}, {verdict}.")
     return lines
 
 
@@ -468,20 +468,19 @@ PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 25%, transparent); }
 body { max-width: 78rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
+  background: Canvas; overflow-wrap: anywhere; }
 .bad { color: light-dark(#a1242b, #ff9d9d); }
-.scroll { overflow-x: auto; }
 table { border-collapse: collapse; overflow-wrap: normal; }
 th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: right; }
 tbody th { position: sticky; left: 0; background: Canvas; text-align: left; }
-.columns { display: grid; gap: .8rem;
+.columns { display: grid; gap: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 figure, article { margin: 0; padding: .9rem; border: 1px solid var(--line); border-radius: .5rem; }
-svg { overflow: visible; width: calc(100% - 4rem); height: 18rem; margin: 1rem 1rem 2rem 3rem;
+svg { overflow: visible; width: calc(100% - 4rem); height: 18rem; margin: 2rem 1rem 2rem 3rem;
   stroke: currentColor; fill: currentColor; }
 svg text { stroke: none; }
-.grid { stroke: var(--line); }
 .said { white-space: pre-wrap; }
+summary b { margin-left: .5rem; }
 .missed { background: color-mix(in srgb, orange 22%, transparent); }
 </style>
 <main>
@@ -490,7 +489,7 @@ svg text { stroke: none; }
 {% for line in notes %}<li>{{ line }}</li>{% endfor %}
 {% for line in problems %}<li class="bad">{{ line }}</li>{% endfor %}
 </ul>
-<div class="scroll" tabindex="0" role="region" aria-label="Figures">
+<div style="overflow-x: auto" tabindex="0" role="region" aria-label="Figures">
 <table>
 <thead><tr><th scope="col">Figure</th>
 {% for script in ran %}<th scope="col">{{ loop.index }}. {{ script.name }}</th>{% endfor %}
@@ -506,14 +505,14 @@ svg text { stroke: none; }
 <p>Higher and further left is better. The numbers are those of the columns above.</p>
 <div class="columns">
 {% for quality, time in [("nDCG@k", "retrieve s"), ("expected in answer", "answer s")]
-  if ran|map(attribute="figures")|selectattr(quality)|list %}
+  if ran|map(attribute="figures")|selectattr(quality)|selectattr(time)|list %}
 <figure>
 <figcaption>{{ quality }} against {{ time }}</figcaption>
 <svg role="img" aria-label="{{ quality }} against {{ time }}">
 {% for part in range(6) %}
-<line class="grid" x2="100%" y1="{{ part * 20 }}%" y2="{{ part * 20 }}%"/>
+<line opacity=".2" x2="100%" y1="{{ part * 20 }}%" y2="{{ part * 20 }}%"/>
 <text x="-8" y="{{ part * 20 }}%" dy="5" text-anchor="end">{{ (5 - part) / 5 }}</text>
-<line class="grid" x1="{{ part * 20 }}%" x2="{{ part * 20 }}%" y2="100%"/>
+<line opacity=".2" x1="{{ part * 20 }}%" x2="{{ part * 20 }}%" y2="100%"/>
 <text x="{{ part * 20 }}%" y="100%" dy="20" text-anchor="middle">{{ 10 ** (part - 3) }}</text>
 {% endfor %}
 {% for script in ran %}
@@ -585,7 +584,9 @@ add("--retrieve-only", action="store_true", help="compare the passages, without 
 add("--report", type=Path, metavar="FILE", help="write a page with all answers side by side")
 add("--json", action="store_true", help="print one JSON object in place of the table")
 add("--price", action="append", nargs=3, metavar=("MODEL", "IN", "OUT"), help="USD per 1M tokens")
-add("--timeout", type=float, default=600, metavar="S", help="without output (%(default)s)")
+add(
+    "--timeout", type=float, default=600, metavar="S", help="stop what prints nothing (%(default)s)"
+)
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # by nohup
 
@@ -609,8 +610,7 @@ def run_all(scripts: list[Script], questions: list[str], args: Namespace) -> Non
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for n, script in enumerate(scripts):
             task = progress.add_task(clean(script.name), total=len(questions))
             args.advance = partial(progress.advance, task)
