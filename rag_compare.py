@@ -99,7 +99,7 @@ def read_questions(lines: str, docs: list[str]) -> list[Question]:
             raise ValueError(f"questions, line {n}: {first_fault(error)}") from error
         for label in question.relevant or []:
             if isinstance(label, str):
-                named = sum(is_named(path.as_posix(), label) for path in paths)
+                named = sum(is_named(p.as_posix(), label) and p.is_file() for p in paths)
                 if named != 1:
                     raise ValueError(f"questions, line {n}: {label} names {named} documents")
         questions.append(question)
