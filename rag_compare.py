@@ -472,6 +472,7 @@ body { max-width: 78rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, 
 .bad { color: light-dark(#a1242b, #ff9d9d); }
 table { border-collapse: collapse; overflow-wrap: normal; }
 th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: right; }
+td { white-space: nowrap; }
 tbody th { position: sticky; left: 0; background: Canvas; text-align: left; }
 .columns { display: grid; gap: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
@@ -480,7 +481,6 @@ svg { overflow: visible; width: calc(100% - 4rem); height: 18rem; margin: 2rem 1
   stroke: currentColor; fill: currentColor; }
 svg text { stroke: none; }
 .said { white-space: pre-wrap; }
-summary b { margin-left: .5rem; }
 .missed { background: color-mix(in srgb, orange 22%, transparent); }
 </style>
 <main>
@@ -552,8 +552,8 @@ summary b { margin-left: .5rem; }
 <summary>{{ loop.index }}. {{ passage.source }}
 {% if passage.page %}, page {{ passage.page }}{% endif %}
 {% if passage.score is not none %}{{ "%.2f"|format(passage.score) }}{% endif %}
-{% for label in question.relevant or [] if is_relevant(passage, label) %}<b>relevant</b>{% endfor %}
-{% if passage.text in missed %}<b>not found by all</b>{% endif %}</summary>
+{% for label in question.relevant or [] if is_relevant(passage, label) %}, <b>relevant</b>{% endfor %}
+{% if passage.text in missed %}, <b>not found by all</b>{% endif %}</summary>
 <p class="said">{{ passage.text }}</p>
 </details>
 {% endfor %}
