@@ -386,15 +386,14 @@ def compare_best(scripts: list[Script]) -> list[str]:
     lines = []
     for key in ("nDCG@k", "expected in answer"):
         rated = [script for script in scripts if script.figures[key]]
-        rated.sort(key=lambda script: -script.figures[key]["mean"])
+        rated.sort(key=lambda s: (s.status == "ok", s.figures[key]["mean"]), reverse=True)
         for other in rated[1:]:
-            best = rated[0]
-            pairs = zip(best.scores, other.scores, strict=False)
+            pairs = zip(rated[0].scores, other.scores, strict=False)
             both = [a[key] - b[key] for a, b in pairs if key in a and key in b]
             found = interval(both) or {"mean": 0, "questions": 0}
             verdict = "better" if found.get("low", 0) > 0 else "no clear difference"
             by = f"{number(found)} on {found['questions']} questions"
-            lines.append(f"{key}: {best.name} against {other.name}: {by}, {verdict}.")
+            lines.append(f"{key}: {rated[0].name} against {other.name}: {by}, {verdict}.")
     return lines
 
 
@@ -435,7 +434,7 @@ def clean(text: Any) -> str:
 def number(value: Any) -> str:
     """Write a figure: three digits, an interval in brackets, "-" where it is not known."""
     if isinstance(value, dict):
-        spread = f" ({value['low']:.2f} to {value['high']:.2f})" if "low" in value else ""
+        spread = f" ({value['low']:.2f}..{value['high']:.2f})" if "low" in value else ""
         return f"{value['mean']:.2f}{spread}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -491,7 +490,7 @@ svg text { stroke: none; }
 </ul>
 <div style="overflow-x: auto" tabindex="0" role="region" aria-label="Figures">
 <table>
-<thead><tr><th scope="col">Figure</th>
+<thead><tr><th scope="col">Figure (95 % interval)</th>
 {% for script in ran %}<th scope="col">{{ loop.index }}. {{ script.name }}</th>{% endfor %}
 </tr></thead>
 <tbody>
@@ -502,7 +501,7 @@ svg text { stroke: none; }
 </table>
 </div>
 <h2>Quality against time</h2>
-<p>Higher and further left is better. The numbers are those of the columns above.</p>
+<p>Higher and further left is better. Numbers: the columns above. Lines: 95 % intervals.</p>
 <div class="columns">
 {% for quality, time in [("nDCG@k", "retrieve s"), ("expected in answer", "answer s")]
   if ran|map(attribute="figures")|selectattr(quality)|selectattr(time)|list %}
@@ -553,7 +552,8 @@ svg text { stroke: none; }
 {% if passage.page %}, page {{ passage.page }}{% endif %}
 {% if passage.score is not none %}{{ "%.2f"|format(passage.score) }}{% endif %}
 {% for each in question.relevant or [] if is_relevant(passage, each) %}, <b>relevant</b>{% endfor %}
-{% if passage.text in missed %}, <b>not found by all</b>{% endif %}</summary>
+{% if passage.text in missed %}, <b>not found by all</b>{% endif %}
+<br>{{ passage.text|truncate(60) }}</summary>
 <p class="said">{{ passage.text }}</p>
 </details>
 {% endfor %}

@@ -231,7 +231,7 @@ def test_the_better_script_is_named_only_where_the_questions_tell():
     good, bad = script("good", *[1.0, 0.8] * 10), script("bad", *[0.5, 0.6] * 10)
     [line] = rag.compare_best([bad, good])
     assert re.fullmatch(
-        r"nDCG@k: good against bad: 0.35 \(0.2\d to 0.4\d\) on 20 questions, better\.", line
+        r"nDCG@k: good against bad: 0.35 \(0.2\d\.\.0.4\d\) on 20 questions, better\.", line
     )
     close = script("close", 0.5, 1.0, *[1.0, 0.8] * 9)
     [line] = rag.compare_best([close, good])
@@ -249,7 +249,8 @@ def test_scripts_are_compared_in_a_table(compare):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_json_has_all_that_was_asked_and_measured(compare):
+def test_json_has_all_that_was_asked_and_measured(compare, monkeypatch):
+    monkeypatch.setattr(rag, "BATCH", 2)  # questions in a process
     told = compare("fake.py", "--json", "--top-k", "2")
     script = only(told)
     assert script["status"] == "ok"
@@ -263,6 +264,7 @@ def test_json_has_all_that_was_asked_and_measured(compare):
     assert (figures["LLM"], figures["embedder"]) == ("gpt-4o", "words")
     assert 0 < figures["start s"] < 20
     assert [len(r["sources"]) for r in script["records"]] == [2] * 5
+    assert len(script["starts"]) == 3
 
 
 def test_options_of_a_script_go_before_ours_and_given_prices_before_the_built_in(compare):
@@ -276,7 +278,7 @@ def test_options_of_a_script_go_before_ours_and_given_prices_before_the_built_in
 
 
 WRONG = {
-    "hangs": "printed nothing for 3 s",
+    "hangs": "printed nothing for 5 s",
     "killed": "was killed by SIGKILL",
     "rubbish": "printed no record: Loading the model",
     "fewer": "ended after 2 records",
@@ -286,7 +288,7 @@ WRONG = {
 
 def test_a_script_that_goes_wrong_says_so_and_does_not_stop_the_others(compare):
     names = [f"fake.py --mode {mode}" for mode in WRONG]
-    told = compare(*names, "fake.py", "--json", "--timeout", "3", code=1)
+    told = compare(*names, "fake.py", "--json", "--timeout", "5", code=1)
     *wrong, right = told["scripts"]
     for script, reason in zip(wrong, WRONG.values(), strict=True):
         assert script["status"] == "failed"
