@@ -173,7 +173,7 @@ def stop(process: Popen[bytes]) -> None:
         with suppress(TimeoutExpired):
             process.wait(GRACE)
     finally:
-        send(9)
+        send(9)  # SIGKILL, a name that Windows lacks
         process.wait()
 
 
@@ -194,7 +194,7 @@ def run(script: Script, args: Namespace, words: list[str]) -> Generator[tuple[fl
             code = size = None
             while code is None:
                 time.sleep(0.05)
-                code, now = process.poll(), time.monotonic()
+                code, now = process.poll(), time.monotonic()  # then read, so to the end
                 *complete, rest = (rest + lines.read()).split(b"\n")
                 yield from ((now - start, line) for line in complete)
                 printed = out.stat().st_size + err.stat().st_size
@@ -216,7 +216,7 @@ def run(script: Script, args: Namespace, words: list[str]) -> Generator[tuple[fl
 def ask(script: Script, questions: list[str], options: list[str], args: Namespace) -> None:
     """Ask a script some questions in one process, and keep its records as they come."""
     words = ["--json", *options, *script.options]
-    words += [f" {text}" if text[0] == "-" else text for text in questions]  # no option
+    words += [f" {text}" if text[0] == "-" else text for text in questions]  # or it is an option
     waiting = list(questions)
     try:
         with closing(run(script, args, words)) as lines:
@@ -588,7 +588,7 @@ add(
     "--timeout", type=float, default=600, metavar="S", help="stop what prints nothing (%(default)s)"
 )
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # by nohup
+SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
 
 
 def find_scripts(names: list[str]) -> list[Script]:
