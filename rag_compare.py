@@ -391,9 +391,9 @@ def compare_best(scripts: list[Script]) -> list[str]:
             pairs = zip(rated[0].scores, other.scores, strict=False)
             both = [a[key] - b[key] for a, b in pairs if key in a and key in b]
             found = interval(both) or {"mean": 0, "questions": 0}
-            verdict = "better" if found.get("low", 0) > 0 else "no clear difference"
+            verdict = "better than" if found.get("low", 0) > 0 else "not clearly better than"
             by = f"{number(found)} on {found['questions']} questions"
-            lines.append(f"{key}: {rated[0].name} against {other.name}: {by}, {verdict}.")
+            lines.append(f"By {key}, {rated[0].name} is {verdict} {other.name}: {by}.")
     return lines
 
 
@@ -471,7 +471,7 @@ body { max-width: 78rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, 
 .bad { color: light-dark(#a1242b, #ff9d9d); }
 table { border-collapse: collapse; overflow-wrap: normal; }
 th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: right; }
-td { white-space: nowrap; }
+td { min-width: 9rem; }
 tbody th { position: sticky; left: 0; background: Canvas; text-align: left; }
 .columns { display: grid; gap: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
