@@ -35,7 +35,7 @@ small LLM answer with and without it, token by token. Both models run in plain n
     uv run rag_explainer.py --export explainer.html      # the same page as one file, to share
     uv run rag_explainer.py --docs notes/ "my question"  # with your own sentences and questions
 
-Needs no key, no server and no network, 1 GB of memory, and at first 205 MB of packages, both models
+Needs no key, no server and no network, 1 GB of memory, and at first 212 MB of packages, both models
 in them. Costs nothing. The page asks this machine only; the exported file asks nobody. Left out:
 good answers (135 million parameters are enough to see how it works, and where it fails): take
 rag_local_ollama.py for those, and rag_hybrid_fastapi.py for all that people add to the loop.
@@ -900,7 +900,7 @@ class Handler(BaseHTTPRequestHandler):
             for event in self.server.answer(self.path, request):
                 yield json.dumps(event).encode() + b"\n"
         except Exception as error:
-            yield json.dumps({"error": str(error)}).encode() + b"\n"
+            yield json.dumps({"error": str(error) or repr(error)}).encode() + b"\n"
 
     def send(self, content_type: str, parts: Iterable[bytes]) -> None:
         """Send the parts as they come, but not to other sites that the same browser shows."""
@@ -1765,7 +1765,8 @@ function goToPoint(event) {
 // Where the pointer or the focus is on a sentence, all marks of its number light up, and its points
 // show its first words.
 function light({ target }) {
-  const n = target.closest?.("[data-n]")?.dataset.n;
+  const sentence = target.closest?.("[data-n]") ?? document.activeElement.closest("[data-n]");
+  const n = sentence?.dataset.n;
   for (const lit of all(".lit")) lit.classList.remove("lit");
   if (n !== undefined) for (const one of all(`[data-n="${n}"]`)) one.classList.add("lit");
   for (const words of all(".map .words")) {
