@@ -43,6 +43,7 @@ rag_local_ollama.py for those, and rag_hybrid_fastapi.py for all that people add
 
 import base64
 import bisect
+import functools
 import gzip
 import importlib.metadata
 import inspect
@@ -68,8 +69,12 @@ from typing import Any
 from unicodedata import category
 from urllib.parse import urlsplit
 
+import gguf
 import numpy as np
+from safetensors.numpy import load_file
 from semantic_text_splitter import TextSplitter
+from threadpoolctl import threadpool_limits
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 # --- load and split ---
@@ -313,9 +318,6 @@ class MiniLM:
     """all-MiniLM-L6-v2, a BERT encoder (Devlin et al. 2018, arXiv 1810.04805): text to vector."""
 
     def __init__(self) -> None:
-        from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
-
         folder = packaged(*MINILM)
         self.weights = load_file(f"{folder}/model.safetensors")
         self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
@@ -365,9 +367,6 @@ class SmolLM:
     """
 
     def __init__(self) -> None:
-        import gguf
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
         reader = gguf.GGUFReader(packaged(*GGUF))
         self.weights = {  # from 4 bits (8 in the vocabulary) to float32: 540 MB
             tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -541,9 +540,7 @@ def tokenize(question: str, sentences: list[str], llm: SmolLM) -> tuple[list[int
 
 def spell(tokens: list[int], llm: SmolLM) -> list[str]:
     """Return each token's text; a character of several tokens stands with the last of them."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream()
+    stream = decoders.DecodeStream()
     return [stream.step(llm.tokenizer, token) or "" for token in tokens]
 
 
@@ -563,8 +560,8 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[dict[
     yield {"prompt": llm.tokenizer.decode(tokens), "columns": columns}
     answer, rows, stopped = [], [], "length"
     scores, seen, cache = llm.read(tokens)
-    bare_scores, _, bare_cache = llm.read(tokenize(question, [], llm)[0])
     while len(answer) < MAX_ANSWER:
+        bare_scores, _ = read_alone(question, tuple(answer), llm)
         p, bare_p = softmax(scores[-1]), softmax(bare_scores[-1])
         token = int(p.argmax())
         text = spell([*answer, token], llm)[-1]
@@ -582,9 +579,19 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[dict[
         event = {"id": token, "text": text, "p_with": p_with, "p_without": p_without}
         yield {"token": event | {"share": share, "copied": copied}}
         scores, seen, cache = llm.read([token], cache)
-        bare_scores, _, bare_cache = llm.read([token], bare_cache)
     text = llm.tokenizer.decode(answer).strip()
     yield {"answer": text, "stopped": stopped, "attention": pack(rows)}
+
+
+@functools.lru_cache(maxsize=32)  # 3 MB each: with other sentences an answer often begins alike
+def read_alone(question: str, answer: tuple[int, ...], llm: SmolLM) -> tuple[Array, Cache]:
+    """Read a question without sentences, and the beginning of an answer, as `SmolLM.read` does."""
+    if answer:
+        _, cache = read_alone(question, answer[:-1], llm)
+        scores, _, cache = llm.read([answer[-1]], cache)
+    else:
+        scores, _, cache = llm.read(tokenize(question, [], llm)[0])
+    return scores, cache
 
 
 def attention_maps(row: Array) -> Array:
@@ -601,8 +608,7 @@ def pack(rows: list[Array]) -> dict[str, Any]:
     (Xiao et al. 2023, arXiv 2309.17453).
     """
     shares = np.stack(rows, 1) if rows else np.zeros((0, 0, 0))
-    numbers = (shares * 65_535).round().astype("<u2")
-    packed = base64.b64encode(numbers.tobytes()).decode()
+    packed = base64.b64encode((shares * 65_535).round().astype("<u2").tobytes()).decode()
     return {"maps": MAPS, "shape": shares.shape, "shares": packed}
 
 
@@ -645,7 +651,6 @@ def explain_answer(
 # --- what the page shows ---
 
 START_TOPIC = 1  # its answer without help is the most plausible
-ANY_QUESTION = "What is this about?"  # where --docs came without one: a point to begin with
 NEIGHBOURS = 2  # of each sentence, which the picture's are compared with
 Space = tuple[Topic, Array]  # a domain, and its sentences as unit vectors (n, 384)
 
@@ -754,11 +759,10 @@ def scenes(domains: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
     """Gather all that the page shows from the start.
 
-    {"exported": bool; "chat": the prompt's template, with its system text in place; "defaults":
-    {"domain", "k", "diversity", "temperature"}; "copy_share": see `generate`; "copy_heads": their
-    names among the maps of `pack`; "domains": see `describe`; "scenes": see `scenes`; "code": the
-    source of what made each picture; "generations" and "marginals": empty, or what `precompute`
-    adds to an export}
+    {"exported": bool; "chat": the prompt's template; "defaults": of the page's controls;
+    "copy_share": see `generate`; "copy_heads": names of maps, see `pack`; "domains": see
+    `describe`; "scenes": see `scenes`; "code": the source of what made each picture; "generations"
+    and "marginals": empty, or what `precompute` adds}
     """
     domains = [describe(space, embedder) for space in spaces]
     code = {
@@ -769,7 +773,7 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
         "mmr": (mmr,),
         "build_prompt": (build_prompt,),
         "tokenize": (tokenize,),
-        "generate": (generate,),
+        "generate": (generate, read_alone),
         "attention": (attention_maps, pack),
         "marginal": (marginal, log_likelihood),
         "failures": (choose, scenes),
@@ -876,9 +880,8 @@ class Server(ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print one line, and nothing where the page was closed meanwhile."""
-        error = sys.exception()
-        if not isinstance(error, ConnectionError):
-            say(f"error: {error!r}")
+        if not isinstance(sys.exception(), ConnectionError):
+            say(f"error: {sys.exception()!r}")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -961,14 +964,12 @@ def read_topic(args: Namespace, embedder: MiniLM) -> Topic:
     if found > shown:
         say(f"{found} sentences: the page shows {shown} of them, taken at equal distances")
     sample = [sentences[n * found // shown] for n in range(shown)]
-    questions = [Question(question) for question in args.question or [ANY_QUESTION]]
+    questions = [Question(text) for text in args.question or ["What is this about?"]]
     return Topic("your documents", sample, questions, found)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve or export the page. Returns the exit code: 2 if the user can fix what is wrong."""
-    from threadpoolctl import threadpool_limits
-
     args = parse_arguments(argv)
     # A token's vectors are too small to share out: several threads wait longer than they work.
     threadpool_limits(1, "blas")
