@@ -1165,7 +1165,7 @@ td:has(bdi) { min-width: 6.5rem; }
 .card { padding: 1rem; border: 1px solid var(--line); border-radius: .6rem;
   background: var(--card); }
 .card .outcome { min-height: 8.5rem; padding-top: .7rem; border-top: 1px dashed var(--line); }
-details { grid-column: 1 / -1; min-width: 0; margin-top: .8rem; }
+details { grid-column: 2; min-width: 0; margin-top: .8rem; }
 summary { color: var(--accent); cursor: pointer; }
 pre { max-height: 28rem; margin: .5rem 0 0; padding: .8rem; overflow: auto;
   border: 1px solid var(--line); border-radius: .5rem; background: var(--card);

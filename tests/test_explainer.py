@@ -426,11 +426,12 @@ def test_a_port_in_use_is_reported(capsys):
 
 @pytest.fixture
 def small(monkeypatch, embedder, llm):
-    """One short domain, and models that are loaded already."""
+    """One short domain, short answers, and models that are loaded already."""
     question = rag.Question("What seals the pot?", "rye dough", "crowded", [0])
     sentences = ["The pot is sealed with rye dough.", HOSTILE, "The sky is grey."]
     monkeypatch.setattr(rag, "TOPICS", [rag.Topic("cooking", sentences, [question])])
     monkeypatch.setattr(rag, "START_TOPIC", 0)
+    monkeypatch.setattr(rag, "MAX_ANSWER", 12)
     monkeypatch.setattr(rag.MiniLM, "__init__", lambda self: vars(self).update(vars(embedder)))
     monkeypatch.setattr(rag.SmolLM, "__init__", lambda self: vars(self).update(vars(llm)))
 
