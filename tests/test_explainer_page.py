@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 import time
-from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -15,7 +16,6 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import needs_chromium, served
 from playwright.sync_api import expect
-from threadpoolctl import threadpool_limits
 
 import rag_explainer as rag
 
@@ -40,25 +40,26 @@ def url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(url):
-    with urlopen(f"{url}/data") as response:
-        return json.load(response)
+    with urlopen(url) as response:
+        [packed] = re.findall(rb'<script id="data"[^>]*>([^<]+)</script>', response.read())
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The address of an export, real but small: a hostile domain, and two questions on cooking."""
     topic = rag.TOPICS[1]
-    own = rag.Topic(f"notes {HOSTILE}", (f"The fox says {HOSTILE}",), (rag.Question(HOSTILE),))
-    sentences = (*topic.sentences[:3], *topic.sentences[5:7])
+    own = rag.Topic(f"notes {HOSTILE}", [f"The fox says {HOSTILE}"], [rag.Question(HOSTILE)])
     plain = rag.Question("How long does Dorrel bread rise?", "19 hours")
-    with pytest.MonkeyPatch.context() as patch, threadpool_limits(1, "blas"):
-        short = rag.Topic(topic.name, sentences, (plain, topic.questions[1]))
+    sentences = [*topic.sentences[:3], *topic.sentences[5:7]]
+    short = rag.Topic(topic.name, sentences, [plain, topic.questions[1]])
+    path = tmp_path_factory.mktemp("exported") / "explainer.html"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rag, "TOPICS", [own, short])
         # It would take minutes to answer all that an export answers, to the end.
-        patch.setattr(rag, "slides", lambda question, domain: [])
+        patch.setattr(rag, "choose_by_sliders", lambda question, domain: [])
         patch.setattr(rag, "MAX_ANSWER", 14)
-        path = tmp_path_factory.mktemp("exported") / "explainer.html"
-        rag.export(path, rag.TOPICS)
+        assert rag.main(["--export", str(path)]) == 0
     return path.as_uri()
 
 
@@ -239,6 +240,34 @@ def test_a_typed_question_gets_its_real_place(page, data):
     assert np.allclose([float(cell) for cell in shown], np.sort(similarities)[::-1], atol=0.006)
 
 
+def words_of_point(page, map_id):
+    return page.locator(f"#{map_id} .words").text_content()
+
+
+@pytest.mark.parametrize("map_id", ["points", "map"])
+def test_a_point_shows_its_first_words_to_the_pointer_and_to_the_keyboard(page, data, map_id):
+    sentences = data["domains"][1]["sentences"]
+    page.locator(f"#{map_id} [data-n='3'] .dot").hover()
+    assert words_of_point(page, map_id) == "4. Tarvish stew was first cooked by Bena …"
+    page.locator("h1").hover()
+    assert words_of_point(page, map_id) == ""
+    page.locator(f"#{map_id} [tabindex='0'][data-n]").focus()
+    for n in range(7):
+        point = page.locator(f"#{map_id} [data-n='{n}']")
+        expect(point).to_be_focused()
+        assert point.get_attribute("aria-label") == f"{n + 1}. {sentences[n]}"
+        shown = words_of_point(page, map_id).removesuffix(" …")
+        assert f"{n + 1}. {sentences[n]}".startswith(shown)
+        assert len(shown) > 25
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator(":focus").get_attribute("data-n") == "6"
+    label = page.locator(f"#{map_id} .words").bounding_box()
+    picture = page.locator(f"#{map_id}").bounding_box()
+    assert picture["x"] <= label["x"]
+    assert label["x"] + label["width"] <= picture["x"] + picture["width"]
+
+
 # --- generation ----------------------------------------------------------------------------------
 
 
@@ -246,7 +275,6 @@ def words(lane):
     return lane.locator("li:not(.later) .word").all_inner_texts()
 
 
-@pytest.mark.slow
 def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     section = show(page, 6)
     bare, helped = section.locator(".lane").all()
@@ -269,12 +297,12 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
     # The heat map: the copying heads look at the words, and the arrow keys read it.
     show(page, 7)
     expect(page.locator("#heat-sum")).to_contain_text("by the copying heads", timeout=SLOW)
-    told = page.locator("#heat-sum").inner_text()
-    mean, copying = [int(n) for n in re.findall(r"for (\d+) by the", told)]
+    hits = page.locator("#heat-sum").inner_text()
+    mean, copying = [int(n) for n in re.findall(r"for (\d+) by the", hits)]
     assert copying > mean
-    before = page.locator("#heat-told").inner_text()
+    before = page.locator("#heat-text").inner_text()
     slide(page.locator("#heat"), "ArrowDown")
-    assert page.locator("#heat-told").inner_text() != before
+    assert page.locator("#heat-text").inner_text() != before
     shades = "cells => cells.map(cell => cell.getAttribute('fill-opacity')).join()"
     copied = page.locator("#heat .cell").evaluate_all(shades)
     page.click("#heads-all")
@@ -303,14 +331,14 @@ def test_an_answer_plays_pauses_and_steps_and_a_sentence_changes_it(page):
 
 
 def test_an_empty_answer_is_said(page):
-    told: Any = {"answer": "", "stopped": "end", "prompt": ""}
-    told |= {"columns": [{"text": "a", "sentence": 0}]}
-    told |= {"attention": {"maps": [], "shape": [0, 0, 0], "shares": "", "sink": ""}}
-    body = "".join(f"event: {name}\ndata: {json.dumps(told)}\n\n" for name in ("prompt", "done"))
+    prompt = {"prompt": "", "columns": [{"text": "a", "sentence": 0}]}
+    attention = {"maps": [], "shape": [0, 0, 0], "shares": ""}
+    answer = {"answer": "", "stopped": "end", "attention": attention}
+    body = f"{json.dumps(prompt)}\n{json.dumps(answer)}\n"
     page.route("**/generate", lambda route: route.fulfill(body=body))
     page.reload()  # an answer may be on its way already
     show(page, 7)
-    expect(page.locator("#heat-told")).to_have_text("It wrote nothing.", timeout=SLOW)
+    expect(page.locator("#heat-text")).to_have_text("It wrote nothing.", timeout=SLOW)
     show(page, 8)
     expect(page.locator("#odds")).to_have_text("It wrote nothing.")
 
@@ -336,7 +364,7 @@ def test_hostile_documents_and_questions_are_text(browser, url):
     visit.end()
 
 
-def test_a_script_that_has_ended_is_told_of(browser, url):
+def test_the_page_says_that_its_script_has_ended(browser, url):
     visit = Visit(browser, url)
     visit.context.set_offline(True)
     visit.page.fill("#typed", "Who?")
@@ -376,7 +404,6 @@ def offline(browser, exported):
         assert visit.asked == [exported]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 820, 1440])
 def test_an_export_works_without_a_network_at_every_width(offline, width):
     page = offline(width)
@@ -407,7 +434,6 @@ def test_an_export_works_without_a_network_at_every_width(offline, width):
     expect(page.locator("#sentences li")).to_contain_text("<script>document.title")
 
 
-@pytest.mark.slow
 def test_the_tour_leads_through_eight_steps(offline):
     page = offline()
     page.click("#start-tour")
@@ -418,19 +444,19 @@ def test_the_tour_leads_through_eight_steps(offline):
     expect(page.locator("#tour")).to_be_hidden()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_in_either_look(offline, scheme):
-    page = offline(color_scheme=scheme)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_axe_finds_nothing_in_either_look(offline, scheme, width):
+    page = offline(width, color_scheme=scheme)
     for n in range(1, 11):
         show(page, n)
         page.wait_for_timeout(100)
     page.get_by_role("button", name="Make it fail").click()
+    page.locator("#points [tabindex='0']").focus()
+    assert words_of_point(page, "points")
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
 
 
-@pytest.mark.slow
 def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(offline):
     page = offline()
     reached = set()
@@ -438,7 +464,7 @@ def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(offli
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement === document.body"):  # it went round
             break
-        told = page.evaluate("""() => {
+        name, has_ring, has_name = page.evaluate("""() => {
             const e = document.activeElement, style = getComputedStyle(e);
             const halo = e.querySelector?.(".halo");
             const ring = style.outlineStyle !== "none" || getComputedStyle(halo).stroke !== "none";
@@ -446,6 +472,6 @@ def test_what_the_keyboard_reaches_has_a_name_and_shows_that_it_is_reached(offli
                 || e.getAttribute("aria-label");
             return [e.id || e.textContent.slice(0, 30), Boolean(ring), Boolean(name?.trim())];
         }""")
-        reached.add(told[0])
-        assert told[1:] == [True, True], told
+        reached.add(name)
+        assert (has_ring, has_name) == (True, True), name
     assert {"handle", "k", "lambda", "mmr", "heat", "heads", "temperature"} <= reached
