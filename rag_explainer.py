@@ -113,13 +113,9 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
     documents = []
     for path in paths:
-        files = [] if Path(path).is_dir() else [Path(path)]
-        walk = [] if files else os.walk(path, onerror=lambda error: say(f"skipped {error}"))
-        for folder, subfolders, names in walk:
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            names = sorted(name for name in names if name[0] != ".")
-            files += [Path(folder, name) for name in names if name.lower().endswith(KINDS)]
-        for file in tqdm(files, f"reading {path}", disable=None):
+        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
+        visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
