@@ -61,15 +61,15 @@ from typing import Any, Literal
 import nh3
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request, Response, UploadFile
+from fastapi.datastructures import Headers
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from fastapi_offline import FastAPIOffline
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, Field
 from semantic_text_splitter import MarkdownSplitter, TextSplitter
-from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tqdm import tqdm
 
 # --- load, as Markdown ---

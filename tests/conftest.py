@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +46,6 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Fail a test that reaches beyond loopback, even where its code swallows the error."""
     for name in set(os.environ) - set(clean_environment()):
         monkeypatch.delenv(name)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # rag_compare.py ends ignoring it
     reached: list[str] = []
     restore = guard(reached.append)
     yield reached
