@@ -416,6 +416,11 @@ def search_words(question: str, store: Store) -> dict[int, float]:
     """
     words = dict.fromkeys(re.findall(r"\w+", question.lower()))
     words = [word for word in words if word not in QUESTION_WORDS.split()] or list(words)
+    if store.size > 10_000:  # a word of every tenth chunk takes long to rank, and says little
+        count = "SELECT count(*) FROM chunks WHERE chunks MATCH ?"
+        most = store.size / 10
+        rare = [word for word in words if store.select(count, f'"{word}"')[0][0] < most]
+        words = rare or words
     match = " OR ".join(f'"{word}"' for word in words[:100]) or '""'
     select = "SELECT rowid, -rank FROM chunks WHERE chunks MATCH ? ORDER BY rank LIMIT ?"
     return dict(store.select(select, match, CANDIDATES))
