@@ -13,6 +13,7 @@ import statistics
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -63,7 +64,7 @@ def check_error(response):
 
 
 def browse(url):
-    hooks = {"response": [check_error]}
+    hooks: Any = {"response": [check_error]}
     return httpx2.Client(base_url=url, timeout=60, trust_env=False, event_hooks=hooks)
 
 
@@ -517,7 +518,7 @@ def test_after_a_kill_whole_chunks_are_served_and_the_next_upload_heals(start, t
 
 @pytest.mark.parametrize("mode", [*GenerationMode])
 def test_whatever_its_schema_admits_or_forbids_is_answered_as_the_schema_says(http, url, mode):
-    operations = [*schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
+    operations: Any = [*schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
     assert len(operations) == 6
     for operation in operations:
 
