@@ -13,6 +13,7 @@ import statistics
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -42,6 +43,8 @@ def slow(texts, args, query=False):
     if not query:
         print("embedding", len(texts), file=sys.stderr, flush=True)
         time.sleep(0.05 * len(texts))
+    while "endless" in texts[0]:
+        torch.ones(9) @ torch.ones(9)
     return embed(texts, args, query)
 embed, rag.embed, rag.EMBED_BATCH = rag.embed, slow, 4
 """
@@ -61,30 +64,21 @@ def check_error(response):
 
 
 def browse(url):
-    hooks = {"response": [check_error]}
+    hooks: Any = {"response": [check_error]}
     return httpx2.Client(base_url=url, timeout=60, trust_env=False, event_hooks=hooks)
 
 
 @pytest.fixture(scope="module")
-def model():
-    with FakeLLM() as fake:
-        yield fake
-
-
-@pytest.fixture
-def llm(model):
-    """The LLM of the servers, which has forgotten what the last test told it."""
-    model.reply, model.delay, model.token_delay = extractive_reply, 0.0, 0.0
-    model.recover()
-    model.requests.clear()
-    yield model
-    assert model.errors == []
+def llm():
+    with FakeLLM() as llm:
+        yield llm
+    assert llm.errors == []
 
 
 @pytest.fixture(scope="module")
-def start(model, tmp_path_factory):
+def start(llm, tmp_path_factory):
     nursery = Nursery(tmp_path_factory.mktemp("nursery"), SETUP)
-    yield lambda *args, **env: nursery.start("--port", 0, *args, env=model.environment() | env)
+    yield lambda *args, **env: nursery.start("--port", 0, *args, env=llm.environment() | env)
     nursery.close()
 
 
@@ -105,6 +99,10 @@ def url(start, home):
 
 @pytest.fixture
 def http(url, llm):
+    """A client of a server whose LLM has forgotten what the last test told it."""
+    llm.reply, llm.delay, llm.token_delay = extractive_reply, 0.0, 0.0
+    llm.recover()
+    llm.requests.clear()
     with browse(url) as client:
         yield client
 
@@ -177,9 +175,7 @@ HOSTILE = """
 | <b onmouseover=alert(1)>1</b> | 2 |
 |---|---|
 
-1. one
-
-<a href="jav&#x09;ascript:alert(1)" style="position:fixed">x</a> <svg/onload=alert(1)> `</code><u>`
+1. <a href="jav&#x09;ascript:alert(1)" style="position:fixed">x</a> <svg/onload=alert(1)> `</code>`
 """
 TAGS = {"p", "a", "code", "ol", "li", "table", "thead", "tbody", "tr", "th", "td"}
 
@@ -187,17 +183,17 @@ TAGS = {"p", "a", "code", "ol", "li", "table", "thead", "tbody", "tr", "th", "td
 def test_a_hostile_answer_comes_as_harmless_html_with_its_tables_and_lists(http, llm):
     llm.reply, llm.token_delay = HOSTILE, 0.02
     told = [data["html"] for data in stream(http, html=True)[1] if data.get("html")]
-    pieces = [BeautifulSoup(html, "html.parser") for html in told]
-    assert len(pieces) > 2
-    for html in pieces:
-        assert {tag.name for tag in html.find_all(True)} <= TAGS
-        assert {name for tag in html.find_all(True) for name in tag.attrs} <= {"href", "rel"}
+    assert len(told) > 2
+    for html in told:
+        tags = BeautifulSoup(html, "html.parser").find_all(True)
+        assert {tag.name for tag in tags} <= TAGS
+        assert {name for tag in tags for name in tag.attrs} <= {"href", "rel"}
         # The image is a link, and loads nothing by itself.
-        links = {tag["href"] for tag in html.select("[href]")}
+        links = {tag["href"] for tag in tags if tag.get("href")}
         assert links <= {"https://example.org", "http://evil.example/x.png"}
-    assert [part.text for part in pieces[-1].select("th + th, ol li")] == ["2", "one"]
-    assert "noopener" in pieces[-1].a["rel"]
-    assert "<script>" in pieces[-1].text  # shown, as text
+    assert {"th", "li"} <= {tag.name for tag in tags}
+    assert "noopener" in html
+    assert "&lt;script" in html  # shown, as text
 
 
 def test_a_follow_up_is_rewritten_for_the_search_and_answered_with_its_history(http, llm):
@@ -227,22 +223,19 @@ def test_a_greeting_is_not_searched_for_and_passages_alone_ask_no_llm(http, llm)
     assert (stream(http, generate=False)[0], llm.requests) == (["sources", "done"], [])
 
 
-@pytest.mark.parametrize(
-    ("name", "query", "said", "page"),
-    [
-        ("bread.md", "How long does the sourdough of Tolsund rise?", "19 hours", None),
-        ("trains.html", "How many sleeping cars has the night train?", "7 sleeping cars", None),
-        ("comet.pdf", "Which colour had the comet's tail?", "copper", 2),
-        ("orchard.docx", "How many plum trees has the orchard?", "212 plum trees", None),
-    ],
-)
-def test_a_document_answers_as_soon_as_it_is_added_and_no_longer_when_removed(
-    http, samples, name, query, said, page
-):
-    content, count = (samples / name).read_bytes(), page or 1
+DOCUMENTS = [
+    ("trains.html", "How many sleeping cars has the night train?", "7 sleeping cars", None),
+    ("comet.pdf", "Which colour had the comet's tail?", "copper", 2),
+    ("orchard.docx", "How many plum trees has the orchard?", "212 plum trees", None),
+]
+
+
+@pytest.mark.parametrize(("name", "query", "said", "page"), DOCUMENTS)
+def test_a_document_answers_while_it_is_there(http, samples, name, query, said, page):
+    count = page or 1
     for added in (count, 0):
-        counts = {"source": name, "added": added, "removed": 0}
-        assert add(http, name, content).json() == counts
+        response = add(http, name, (samples / name).read_bytes())
+        assert response.json() == {"source": name, "added": added, "removed": 0}
     document = {"source": name, "chunks": count, "pages": page, "uploaded": True}
     assert listed(http)[name] == document
     found = ask(http, query)
@@ -259,11 +252,9 @@ UPLOAD = (
 )
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 KEPT = {
-    "../../etc/x.txt": "x.txt",
-    "C:\\\\x.txt": "x.txt",
+    "../..\\\\etc/x.txt": "x.txt",
     "\x00/\u2028x\x1b[2J\u202e.txt": "x[2J.txt",
-    "..%2f..%2fx.txt": "..%2f..%2fx.txt",
-    "<img src=x>' OR 1=1.txt": "<img src=x>' OR 1=1.txt",
+    "..%2f<img src=x>' OR 1=1.txt": "..%2f<img src=x>' OR 1=1.txt",
     "n" * 296 + ".txt": "n" * 196 + ".txt",
     "\ud800x.txt": "\xed\xa0x.txt",
 }
@@ -290,22 +281,19 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(http, tmp_path):
     for name, content, reason in (
         ("x.exe", b"MZ", "none of .txt"),
         ("x.pdf", b"%PDF-1.7 broken", "can't be read"),
-        ("x.docx", b"PK\x03\x04 broken", "can't be read"),
         ("x.docx", bomb.getvalue(), "more than memory may hold"),
         ("x.txt", b"a\x00b", "no text"),
         ("x.html", b"<div>" * 50_000, "can't be read"),
         ("x.pdf", write_pdf(tmp_path / "scan.pdf", "").read_bytes(), "OCR"),
     ):
         response = add(http, name, content)
-        assert response.status_code == 415, response.text
-        assert reason in response.json()["detail"]
+        assert (response.status_code, reason in response.text) == (415, True), response.text
     assert listed(http) == before
 
 
-@pytest.mark.parametrize(
-    ("path", "size"), [("/documents", rag.MAX_UPLOAD), ("/chat", rag.MAX_BODY)]
-)
-def test_what_is_too_long_is_refused_whether_it_says_so_or_not(http, path, size):
+@pytest.mark.parametrize("path", ["/documents", "/chat"])
+def test_what_is_too_long_is_refused_whether_it_says_so_or_not(http, path):
+    size = rag.MAX_UPLOAD if path == "/documents" else rag.MAX_BODY
     parts = [UPLOAD[:-9] % b"x.txt", *[b"x" * 100_000] * (size // 100_000 + 1)]
     for content in (b"".join(parts), iter(parts)):
         response = http.post(path, content=content, headers=MULTIPART)
@@ -337,7 +325,7 @@ ROUTES = [("POST", "/chat"), ("OPTIONS", "/chat"), ("DELETE", "/documents/none")
 ROUTES += [("GET", "/documents"), ("POST", "/documents")]
 
 
-def test_with_a_key_only_its_owner_is_served_and_can_remove_all_documents(start, home, llm):
+def test_with_a_key_only_its_owner_is_served_and_can_remove_all_documents(start, home, http):
     server = start("--host", "0.0.0.0", "--docs", home / "notes", RAG_API_KEY="secret-key-\u00e9")
     right = "Bearer secret-key-\u00e9".encode()
     wrong = (b"", b"Bearer", b"Bearer x", b"Basic eDp5", right + b"x", right[:-1], b"\xff")
@@ -358,21 +346,21 @@ def test_with_a_key_only_its_owner_is_served_and_can_remove_all_documents(start,
     assert "secret-key" not in server.log
 
 
-@pytest.mark.parametrize(
-    ("code", "host", "origin"),
-    [
-        *((400, host, f"http://{host}") for host in ("evil.example", "[", "", ":80")),
-        *((400, host, "") for host in ("127.0.0.1.evil.example", "127.0.0.1@evil.example")),
-        *((403, "127.0.0.1", o) for o in ("https://evil.example", "null", "http://127.0.0.1:1")),
-        *((None, h, f"http://{h}") for h in ("127.0.0.1:80", "LOCALHOST", "[::1]:8000")),
-    ],
-)
+SITES = [
+    *((400, host, f"http://{host}") for host in ("evil.example", "[", "", ":80")),
+    *((400, host, "") for host in ("127.0.0.1.evil.example", "127.0.0.1@evil.example")),
+    *((403, "127.0.0.1", o) for o in ("https://evil.example", "null", "http://127.0.0.1:1")),
+    *((None, h, f"http://{h}") for h in ("127.0.0.1:80", "LOCALHOST", "[::1]:8000")),
+]
+
+
+@pytest.mark.parametrize(("code", "host", "origin"), SITES)
 def test_another_site_is_told_nothing_and_can_change_nothing(http, code, host, origin):
     for method, path in ROUTES:
         response = http.request(method, path, headers={"Host": host, "Origin": origin})
         refused = response.status_code if response.status_code in (400, 403) else None
         assert refused == code, (path, response.text)
-        assert not [name for name in response.headers if name.startswith("access-control")]
+        assert "access-control-" not in str(response.headers)
 
 
 def test_the_page_runs_only_its_own_script_and_the_documentation_loads_nothing_else(http):
@@ -421,7 +409,7 @@ def test_a_full_queue_says_so_and_clients_that_leave_give_their_places_back(http
         wait_for(lambda: llm._chats == rag.ANSWERS)
         assert ask(http, **ALONE)["sources"]  # without waiting for the LLM
         with contextlib.ExitStack() as waiting:
-            for n in range(rag.WAITING):
+            for n in range(rag.WAITING + 9):
                 waiting.enter_context(leave(url, n, "left"))
             wait_for(lambda: http.post("/chat", json=ALONE).headers.get("Retry-After") == "5")
         time.sleep(0.5)
@@ -435,40 +423,37 @@ def test_a_full_queue_says_so_and_clients_that_leave_give_their_places_back(http
     assert not [chat for chat in llm.chat_requests if "Question: left" in chat.text]
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ({"drop": True}, "can't be reached"),
-        ({"status": 401, "message": "Incorrect API key: sk-fake-openai"}, "HTTP 401"),
-        ({"body": "<html>a web page</html>"}, "ended before"),
-        ({"cut_after": 3}, "broke off"),
-        ({"error_after": 3}, "broke off"),
-        ({"reply": " \n"}, "no text"),
-        ({"null_content": True}, "no text"),
-    ],
-    ids=str,
-)
+FAULTS = [
+    ({"drop": True}, "can't be reached"),
+    ({"status": 401, "message": "Incorrect API key: sk-fake-openai"}, "HTTP 401"),
+    ({"body": "<html>a web page</html>"}, "ended before"),
+    ({"cut_after": 3}, "broke off"),
+    ({"error_after": 3}, "broke off"),
+    ({"reply": " \n"}, "no text"),
+    ({"null_content": True}, "no text"),
+]
+
+
+@pytest.mark.parametrize(("fault", "said"), FAULTS, ids=str)
 def test_an_llm_that_is_down_or_fails_is_an_error_after_the_sources(http, llm, fault, said):
     llm.fail(times=None, **fault)
     response = http.post("/chat", json=MILLER)
-    assert response.status_code == 502, response.text
-    assert said in response.json()["detail"]
+    assert (response.status_code, said in response.json()["detail"]) == (502, True), response.text
     names, data = stream(http)
     assert (names[0], names[-1], "done" in names) == ("sources", "error", False)
-    assert "Sunniva" in data[0]["sources"][0]["text"]
-    assert data[-1] == response.json()
+    assert ("Sunniva" in str(data[0]["sources"]), data[-1]) == (True, response.json())
 
 
 def test_a_failure_inside_is_told_to_the_log_only(url):
-    with httpx2.Client(base_url=url, trust_env=False) as client:
-        failed = [add(client, "x.txt", "unembeddable")]
-        failed += [client.post("/chat", json={"query": "unembeddable"})]
-        assert [response.status_code for response in failed] == [500, 502]
-        told = {"detail": "it failed: the server's log says why"}
-        assert [response.json() for response in failed] == [told] * 2
+    client = httpx2.Client(base_url=url, trust_env=False)
+    added = add(client, "x.txt", "unembeddable")
+    asked = client.post("/chat", json={"query": "unembeddable"})
+    assert (added.status_code, asked.status_code) == (500, 502)
+    told = {"detail": "it failed: the server's log says why"}
+    assert added.json() == asked.json() == told
 
 
-def test_sigterm_finishes_the_running_answers(start, llm):
+def test_sigterm_finishes_the_running_answers(start, llm, http):
     server = start()
     url = server.url()
     llm.reply, llm.token_delay = " ".join(f"word{n}" for n in range(15)), 0.1
@@ -479,16 +464,13 @@ def test_sigterm_finishes_the_running_answers(start, llm):
     assert all(f'"{llm.reply}"' in response.text for response in asking.result())
 
 
-def test_while_it_indexes_all_is_503_but_healthz_and_after_ctrl_c_the_next_start_goes_on(
-    start, tmp_path
-):
-    docs = tmp_path / "docs"
-    docs.mkdir()
+def test_while_it_indexes_all_is_503_and_after_ctrl_c_the_next_start_goes_on(start, tmp_path):
     for n in range(80):
-        (docs / f"{n}.md").write_text(f"The part {n} is of brass.")
+        (tmp_path / f"{n}.md").write_text(f"The part {n} is of brass.")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    first = start("--port", port, "--docs", docs, "--index", tmp_path / "rag")
+    args = ("--docs", tmp_path, "--index", tmp_path / "rag", "--port", port)
+    first = start(*args)
     wait_for(lambda: "embedding" in first.log)
     with browse(f"http://127.0.0.1:{port}") as client:
         assert client.get("/healthz").status_code == 200
@@ -496,44 +478,47 @@ def test_while_it_indexes_all_is_503_but_healthz_and_after_ctrl_c_the_next_start
         for response in [*asked, add(client, "x.txt", "x"), remove(client, "x")]:
             assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
     assert first.end(signal.SIGINT) == 130
-    assert "ready" not in first.log
-    second = start("--docs", docs, "--index", tmp_path / "rag")
+    second = start(*args)
     assert len(listed(browse(second.url()))) == 80
     assert sum(map(int, re.findall(r"embedding (\d+)", first.log + second.log))) == 80
 
 
-@pytest.mark.parametrize("then", ["v0", "v1"])
-def test_after_a_kill_in_an_upload_whole_chunks_are_served_and_the_next_upload_heals(
-    start, tmp_path, then
-):
-    parts = [f"# {n}\n\nledger v0 entry{n}{' rye' * 200}" for n in range(8)]
-    chunks = {"v0": parts, "v1": [part.replace("v0", "v1") for part in parts]}
+def test_ctrl_c_ends_a_start_that_cannot_be_stopped(start, tmp_path):
+    (tmp_path / "a.md").write_text("endless")
+    server = start("--docs", tmp_path)
+    wait_for(lambda: "embedding" in server.log)
+    assert server.end(signal.SIGINT) == 130
 
+
+PARTS = {v: [f"# {n}\n\nledger {v}{' rye' * 200}" for n in range(8)] for v in ("old", "new")}
+
+
+@pytest.mark.parametrize("then", PARTS)
+def test_after_a_kill_whole_chunks_are_served_and_the_next_upload_heals(start, tmp_path, then):
     def upload(client, version):
-        return add(client, "ledger.md", "\n\n".join(chunks[version]))
+        return add(client, "ledger.md", "\n\n".join(PARTS[version]))
 
     def held(client):
         found = ask(client, "ledger", top_k=20, generate=False)["trace"]["candidates"]
         assert all({"dense", "bm25"} <= set(hit["ranks"]) for hit in found)
-        return sorted(hit["text"] for hit in found)
+        return {hit["text"] for hit in found}
 
     server = start("--index", tmp_path / "rag")
     with browse(server.url()) as client, ThreadPoolExecutor(1) as pool:
-        upload(client, "v0")
-        assert held(client) == chunks["v0"]
-        sending = pool.submit(upload, client, "v1")
+        upload(client, "old")
+        sending = pool.submit(upload, client, "new")
         wait_for(lambda: server.log.count("embedding") == 4)  # the first half is stored
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
         assert isinstance(sending.exception(), httpx2.TransportError)
     with browse(start("--index", tmp_path / "rag").url()) as client:
-        assert {*chunks["v0"]} < {*held(client)} < {*chunks["v0"], *chunks["v1"]}
+        assert {*PARTS["old"]} < held(client) < {*PARTS["old"], *PARTS["new"]}
         upload(client, then)
-        assert held(client) == chunks[then]
+        assert held(client) == {*PARTS[then]}
 
 
 @pytest.mark.parametrize("mode", [*GenerationMode])
 def test_whatever_its_schema_admits_or_forbids_is_answered_as_the_schema_says(http, url, mode):
-    operations = [*schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
+    operations: Any = [*schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
     assert len(operations) == 6
     for operation in operations:
 
