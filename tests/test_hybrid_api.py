@@ -246,6 +246,14 @@ def test_a_document_answers_while_it_is_there(http, samples, name, query, said, 
     assert remove(http, name).status_code == 404
 
 
+def test_a_document_of_the_same_name_is_replaced(http):
+    for colour, counts in (("green", (1, 0)), ("scarlet", (1, 1))):
+        added = add(http, "boat.md", f"The boat Heron is {colour}.").json()
+        assert (added["added"], added["removed"]) == counts
+        assert f"is {colour}" in ask(http, "Which colour has the boat Heron?")["answer"]
+    remove(http, "boat.md")
+
+
 UPLOAD = (
     b'--x\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\n'
     b"The hostile text.\r\n--x--\r\n"
@@ -407,11 +415,12 @@ def test_a_full_queue_says_so_and_clients_that_leave_give_their_places_back(http
         for n in range(rag.ANSWERS):
             clients.enter_context(leave(url, n, "first"))
         wait_for(lambda: llm._chats == rag.ANSWERS)
-        assert ask(http, **ALONE)["sources"]  # without waiting for the LLM
         with contextlib.ExitStack() as waiting:
-            for n in range(rag.WAITING + 9):
+            for n in itertools.count():
                 waiting.enter_context(leave(url, n, "left"))
-            wait_for(lambda: http.post("/chat", json=ALONE).headers.get("Retry-After") == "5")
+                # Passages alone do not wait for the LLM.
+                if http.post("/chat", json=ALONE).headers.get("Retry-After") == "5":
+                    break
         time.sleep(0.5)
         assert [chat.finished for chat in llm.chat_requests] == [None] * rag.ANSWERS
     wait_for(lambda: llm._chats == 0, 4)  # of 60 seconds
