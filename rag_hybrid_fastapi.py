@@ -1351,7 +1351,7 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_intermixed_args(argv)
     if not args.question and args.host != "127.0.0.1" and not os.environ.get("RAG_API_KEY"):
         PARSER.error("set RAG_API_KEY where others reach --host")
-    for path in args.docs or []:
+    for path in args.docs or [args.index if args.question and args.index else "."]:
         if not Path(path).exists():
             PARSER.error(f"{path} does not exist")
     for question in args.question:
@@ -1372,7 +1372,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = f"{args.index}: " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}")
-        code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
+        code = 2 if isinstance(error, (OSError, OverflowError, ValueError, sqlite3.Error)) else 1
     return code
 
 

@@ -47,7 +47,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def peers(data: list[object]) -> str:
     """Our retrieval beside the frameworks'."""
-    figures = json.loads(run("peers.py", "--from-nothing", "--json", *data))
+    figures = json.loads(run("peers.py", "--from-nothing", "--json", "--rounds", 2, *data))
     beside = ("ready s", "chunks/s", "CPU ms", "query ms", "memory MB")
     rows = []
     for row in figures["contenders"].values():
@@ -58,7 +58,7 @@ def peers(data: list[object]) -> str:
         quality = [f"{row['recall@5']:.3f}", f"{row['nDCG@10']:.3f}"]
         size = [f"{row['installed MB']:,.0f}", f"{row['from nothing s']:.0f}"]
         rows.append([row["name"], *ratios, *quality, *size])
-    head = ["", *(what.split()[0] for what in beside), "recall@5", "nDCG@10"]
+    head = ["", *(what.rpartition(" ")[0] or what for what in beside), "recall@5", "nDCG@10"]
     asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"
     return (
         f"`peers.py`, {date.today()}: {asked}. The first five are ratios to the floor, which is\n"

@@ -29,6 +29,7 @@ CPU ms       of all cores, for one chunk: what else the machine does hardly chan
 query ms     one question, from its text to the ids; p95: 19 of 20 take no longer
 memory MB    the most that the process ever has
 installed MB the environment, without bytecode
+from nothing with --from-nothing: seconds from an empty cache of packages to the first results
 lines        of the contender's own code, without comments and docstrings: of ours, + the script
 
 Exit code 1: a contender could not be measured. Exit code 2: nothing can. 130: Ctrl-C.
@@ -163,11 +164,20 @@ def run(*command: Any, **variables: str) -> str:
     return done.stdout
 
 
-def install(contender: Contender) -> Path:
+def install(contender: Contender, **settings: str) -> Path:
     """Make the contender's environment, or bring it up to date. Returns its Python."""
     script = ROOT / contender.script if contender.script else contender.code
-    run("uv", "sync", "--quiet", "--script", script, **contender.install)
-    return Path(run("uv", "python", "find", "--script", script).strip())
+    settings |= contender.install
+    run("uv", "sync", "--quiet", "--script", script, **settings)
+    return Path(run("uv", "python", "find", "--script", script, **settings).strip())
+
+
+def start_from_nothing(contender: Contender, work: Path) -> float:
+    """Download and install a contender with an empty cache, and let it work. Returns seconds."""
+    with tempfile.TemporaryDirectory() as cache:
+        start = time.monotonic()
+        once(contender, install(contender, UV_CACHE_DIR=cache), work)
+        return time.monotonic() - start
 
 
 def once(contender: Contender, python: Path, work: Path) -> dict[str, Any]:
@@ -227,11 +237,16 @@ class Measured:
 
     rounds: list[dict[str, Any]] = field(default_factory=list)
     installed: float = 0.0  # MB
+    from_nothing: float | None = None  # s
     error: str | None = None
 
 
 def measure(
-    measured: dict[str, Measured], corpus: dict[str, str], questions: list[Question], rounds: int
+    measured: dict[str, Measured],
+    corpus: dict[str, str],
+    questions: list[Question],
+    rounds: int,
+    from_nothing: bool = False,
 ) -> None:
     """Let all contenders do the work, in turns, and note what each round takes.
 
@@ -256,6 +271,8 @@ def measure(
                         pythons[name] = install(contender)
                         own.installed = size(pythons[name].parent.parent)
                         once(contender, pythons[name], small)
+                        if from_nothing:
+                            own.from_nothing = start_from_nothing(contender, small)
                     else:
                         figures = once(contender, pythons[name], whole)
                         check(figures["found"], corpus, questions)
@@ -304,7 +321,8 @@ def report(measured: dict[str, Measured], questions: list[Question]) -> dict[str
             continue
         script = lines(ROOT / contender.script) if contender.script else 0
         row |= {what: median(each[what] for each in own.rounds) for what in TIMES}
-        row |= {"installed MB": own.installed, "lines": lines(contender.code)}
+        row |= {"installed MB": own.installed, "from nothing s": own.from_nothing}
+        row |= {"lines": lines(contender.code)}
         row |= {"script lines": script, "rounds": len(own.rounds)}
         row |= quality(own.rounds[0]["found"], questions)
         row |= {"versions": own.rounds[0]["versions"]}
@@ -381,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--queries", type=natural, default=200, metavar="N", help="N random questions (200)")
     add("--rounds", type=natural, default=3, metavar="N", help="3")
     add("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
+    add("--from-nothing", action="store_true", help="also time each with an empty package cache")
     add("--json", action="store_true", help="JSON in place of the tables")
     options = parser.parse_args(argv)
     try:
@@ -393,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in CONTENDERS if name in (options.only or CONTENDERS)]
     measured, stopped = {name: Measured() for name in names}, False
     try:
-        measure(measured, corpus, questions, options.rounds)
+        measure(measured, corpus, questions, options.rounds, options.from_nothing)
     except KeyboardInterrupt:  # which has ended the contender that was at work
         stopped = True
     figures = {
