@@ -323,7 +323,7 @@ def test_what_is_no_index_of_ours_is_refused_and_left_as_it_is(ask, notes, tmp_p
 
 def test_what_is_wrong_with_an_index_is_told_in_a_line(ask, args, notes, tmp_path):
     run = ("--retrieve-only", "dam", "--index", tmp_path / "rag")
-    one_line(ask(*run), "--docs")
+    one_line(ask(*run), tmp_path / "rag", "does not exist")
     store = opened(args, index=tmp_path / "rag")
     one_line(ask(*run, "--docs", notes), tmp_path / "rag", "database is locked")
     store.database.close()
