@@ -91,10 +91,8 @@ def read_pages(name: str, content: bytes) -> list[str]:
     if kind == ".pdf":
         pages = [page.extract_text() for page in pypdf.PdfReader(BytesIO(content)).pages]
     elif kind == ".docx":
-        if (
-            sum(part.file_size for part in zipfile.ZipFile(BytesIO(content)).infolist())
-            > MAX_UNPACKED
-        ):
+        size = sum(part.file_size for part in zipfile.ZipFile(BytesIO(content)).infolist())
+        if size > MAX_UNPACKED:
             raise ValueError("it unpacks to more than memory may hold")
         pages = [mammoth.convert_to_html(BytesIO(content)).value]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
@@ -128,24 +126,23 @@ def load_documents(paths: list[str]) -> dict[str, list[str]]:
 
 # A heading of Markdown or reStructuredText, with those right above it.
 HEADING = re.compile(r"(?m)(?:^#{1,6} .*\s+)*^#{1,6} +(.+?)[ #]*$|^(\S.*)\n[=~^-]{3,}$")
+CUT_WORD_TOKENS = 4  # that a word may have more when it is cut
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
 
 
 def split_recursive(text: str, args: Namespace) -> list[tuple[int, str]]:
     """Keep sections whole if they fit, else paragraphs, else sentences, else words."""
-    size, overlap = args.chunk_tokens, args.chunk_overlap
-    by_characters = MarkdownSplitter(4 * size, overlap=4 * overlap)  # faster, and mostly enough
-    by_tokens = MarkdownSplitter.from_huggingface_tokenizer(args.tokenizer, size)
     chunks = []
-    for start, part in by_characters.chunk_indices(text):
-        chunks += [(start + offset, chunk) for offset, chunk in by_tokens.chunk_indices(part)]
+    for start, part in args.by_characters.chunk_indices(text):
+        pieces = args.by_tokens.chunk_indices(part)  # slow on whole documents
+        chunks += [(start + offset, piece) for offset, piece in pieces]
     return chunks
 
 
 def split_fixed(text: str, args: Namespace) -> list[tuple[int, str]]:
     """Cut every --chunk-tokens tokens, wherever in a sentence that is."""
-    size = args.chunk_tokens - 4  # a word that is cut may have more tokens than before
+    size = args.chunk_tokens - CUT_WORD_TOKENS
     offsets = args.tokenizer.encode(text, add_special_tokens=False).offsets
     chunks = []
     for first in range(0, len(offsets), size - args.chunk_overlap):
@@ -216,9 +213,12 @@ def load_models(args: Namespace) -> None:
     args.tokenizer.no_truncation()
     args.tokenizer.no_padding()
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
-    args.chunk_tokens = min(args.chunk_tokens, limit)
-    if args.chunk_overlap >= args.chunk_tokens:
-        raise ValueError(f"--chunk-overlap must be below the {args.chunk_tokens} tokens of a chunk")
+    size = args.chunk_tokens = min(args.chunk_tokens, limit)
+    if args.chunk_overlap >= size - CUT_WORD_TOKENS:
+        raise ValueError(f"--chunk-overlap must be well below the {size} tokens of a chunk")
+    # A token is about four characters.
+    args.by_characters = MarkdownSplitter(4 * size, overlap=4 * args.chunk_overlap)
+    args.by_tokens = MarkdownSplitter.from_huggingface_tokenizer(args.tokenizer, size)
     if args.reranker == "cross-encoder":
         args.cross_encoder = CrossEncoder(args.rerank_model)
 
@@ -262,7 +262,9 @@ def open_collection(args: Namespace) -> Any:
         client = chromadb.EphemeralClient()
     made = {"embed_model": args.embed_model}
     space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
-    collection = client.get_or_create_collection("rag_hybrid", None, space, made, None)
+    collection = client.get_or_create_collection(
+        "rag_hybrid", configuration=space, metadata=made, embedding_function=None
+    )
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"the index is of --embed-model {model}: name that, or another --index")
@@ -318,10 +320,8 @@ class Store:
             self.database.executemany("DELETE FROM chunks WHERE rowid = ?", gone)
             for batch in batches(sorted(ids - known), CHROMA_PAGE):
                 found = self.collection.get([str(key) for key in batch])
-                rows = []
-                for n, key in enumerate(map(int, found["ids"])):
-                    place = found["metadatas"][n]
-                    rows.append([key, found["documents"][n], *map(place.get, PLACE)])
+                chunks = zip(found["ids"], found["documents"], found["metadatas"], strict=True)
+                rows = [[int(key), text, *map(place.get, PLACE)] for key, text, place in chunks]
                 columns = f"rowid, text, {', '.join(PLACE)}"
                 insert = f"INSERT INTO chunks ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
                 self.database.executemany(insert, sorted(rows))  # FTS5 wants rising ids
@@ -349,8 +349,8 @@ class Store:
                 key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
                 wanted[int.from_bytes(key, "big")] = chunk
         with self.in_use, self.database:  # a change that is killed half way must not look done
-            gone = [[source] for source in changed]
-            self.database.executemany("DELETE FROM documents WHERE source = ?", gone)
+            names = [[source] for source in changed]
+            self.database.executemany("DELETE FROM documents WHERE source = ?", names)
         outdated = set()
         for row in held:
             is_gone = not uploaded and not row["uploaded"] and row["source"] not in documents
@@ -615,12 +615,12 @@ def connect(args: Namespace) -> None:
             llm = "embedded"
     args.llm = llm
     if llm == "openai":
-        args.stream = openai.AsyncOpenAI(timeout=120)
+        args.llm_client = openai.AsyncOpenAI(timeout=120)
     elif llm == "claude":
-        args.stream = anthropic.AsyncAnthropic(timeout=120)
+        args.llm_client = anthropic.AsyncAnthropic(timeout=120)
     elif llm == "ollama":
         direct = openai.DefaultAsyncHttpxClient(trust_env=False)
-        args.stream = openai.AsyncOpenAI(**local, timeout=120, http_client=direct)
+        args.llm_client = openai.AsyncOpenAI(**local, timeout=120, http_client=direct)
     else:  # in a thread, which Ctrl-C does not interrupt: half started, the server would hang
         with ThreadPoolExecutor(1) as pool:
             pool.submit(start_llama, args).result()
@@ -635,7 +635,7 @@ async def generate(
     system, *chat = messages
     if args.llm == "claude":
         options = {"max_tokens": MAX_ANSWER_TOKENS, "system": system["content"], "messages": chat}
-        async with args.stream.messages.stream(model=args.model, **options) as stream:
+        async with args.llm_client.messages.stream(model=args.model, **options) as stream:
             async for piece in stream.text_stream:
                 yield piece
             message = await stream.get_final_message()
@@ -646,7 +646,7 @@ async def generate(
         if args.llm == "ollama":  # one that thinks first takes minutes over what a passage says
             options = {"max_tokens": MAX_ANSWER_TOKENS, "reasoning_effort": "none"}
         options |= {"messages": messages, "stream_options": {"include_usage": True}}
-        create = args.stream.chat.completions.create
+        create = args.llm_client.chat.completions.create
         async with await create(model=args.model, stream=True, **options) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:  # none in the last chunk, which has the usage
@@ -817,7 +817,7 @@ async def rewrite(query: str, history: list[Any], args: Namespace, notes: list[s
     """Make a follow-up stand alone, and add --expand paraphrases. What fails is left out."""
     if args.llm == "embedded":
         before = [message["content"] for message in history if message["role"] == "user"]
-        notes.append("the embedded LLM can't rewrite: the question before is looked up too")
+        notes.append("the embedded LLM can't rewrite: only the question before is looked up too")
         return [" ".join([*before[-1:], query])]
     question, lines = query, []
     asked = {"role": "user", "content": query}
@@ -834,10 +834,14 @@ async def rewrite(query: str, history: list[Any], args: Namespace, notes: list[s
 
 
 async def write(
-    question: str, sent: list[Chunk], history: list[Any], record: dict[str, Any], args: Namespace
+    question: str,
+    sent: list[Chunk] | None,
+    history: list[Any],
+    record: dict[str, Any],
+    args: Namespace,
 ) -> AsyncGenerator[str]:
     """Yield the answer piece by piece: from the passages, or to a greeting."""
-    if SMALL_TALK.fullmatch(question):
+    if sent is None:
         if args.llm == "embedded":
             yield "Hello! Ask me something about the documents."
             return
@@ -874,7 +878,12 @@ def check_citations(text: str, count: int) -> tuple[str, list[int]]:
 
 
 async def answer(
-    query: str, history: list[Any], store: Store, models: ThreadPoolExecutor, **options: Any
+    query: str,
+    history: list[Any],
+    store: Store,
+    models: ThreadPoolExecutor,
+    top_k: int,
+    with_llm: bool,
 ) -> AsyncGenerator[tuple[str, Any]]:
     """Answer a question. Yields ("sources", ...), ("token", text) and so on, ("done", ...).
 
@@ -890,11 +899,11 @@ async def answer(
     budget = args.window - MAX_ANSWER_TOKENS - spoken - 1_024
     queries, hits, spent = [query], [], 0
     if retrieved:
-        if options["with_llm"] and (kept or args.expand):
+        if with_llm and (kept or args.expand):
             with timed("rewrite", seconds):
                 queries = await rewrite(query, kept, args, notes)
         hits = await in_thread(retrieve, queries, store, seconds)
-        spent = await in_thread(assemble, hits, options["top_k"], budget, args)
+        spent = await in_thread(assemble, hits, top_k, budget, args)
     candidates = [Passage(**hit).model_dump() for hit in hits]
     sources = [hit for hit in candidates if hit["n"]]
     trace: dict[str, Any] = {"queries": queries, "rewritten": queries[0] != query}
@@ -902,9 +911,9 @@ async def answer(
     trace |= {"tokens": {"context": spent, "budget": budget}, "seconds": seconds}
     yield "sources", {"sources": sources, "trace": trace}
     text, record = "", {"usage": None}
-    if options["with_llm"]:
+    if with_llm:
         start = time.perf_counter()
-        async for piece in write(queries[0], sources, kept, record, args):
+        async for piece in write(queries[0], sources if retrieved else None, kept, record, args):
             if not text:
                 seconds["first_token"] = time.perf_counter() - start
             text += piece
@@ -1111,17 +1120,19 @@ async def is_ready() -> dict[str, Any]:
 async def run_stages(body: Question, store: Store) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
     """Yield the events of an answer: sources, token and so on, done; or error."""
     with_llm = body.generate and not store.args.retrieve_only
-    options = {"top_k": body.top_k or store.args.top_k, "with_llm": with_llm}
+    top_k = body.top_k or store.args.top_k
     history = [message.model_dump() for message in body.history]
     text, shown = "", 0.0
     try:
         async with app.state.turns if with_llm else nullcontext():
-            run = answer(body.query, history, store, app.state.models, **options)
+            run = answer(body.query, history, store, app.state.models, top_k, with_llm)
             async for name, data in run:
                 if name == "token":
                     text += data
                     data = {"text": data}
-                is_due = name == "token" and time.monotonic() > shown + 0.1  # seconds
+                is_due = (
+                    body.stream and name == "token" and time.monotonic() > shown + 0.1
+                )  # seconds
                 if body.html and (is_due or name == "done"):
                     data["html"] = nh3.clean(MARKDOWN.render(data.get("answer") or text))
                     shown = time.monotonic()
@@ -1214,7 +1225,8 @@ def serve(args: Namespace) -> int:
     bound = socket.create_server((args.host, args.port), family=family)  # or an OSError
     if not os.environ.get("RAG_API_KEY"):  # with a key, a proxy may give it any name
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-    app.state.args, app.state.url = args, f"http://{args.host}:{bound.getsockname()[1]}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    app.state.args, app.state.url = args, f"http://{host}:{bound.getsockname()[1]}"
     # At other levels it logs a traceback for each answer that a second Ctrl-C ends.
     app.state.server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
     app.state.server.run(sockets=[bound])
@@ -1242,7 +1254,7 @@ kept = PARSER.add_mutually_exclusive_group().add_argument
 kept("--index", type=Path, metavar="PATH", help="keep the index in this folder")
 kept("--chroma-url", metavar="URL", help="keep the index on a server, or: cloud")
 add("--chunker", choices=CHUNKERS, default="recursive", help="how to split (%(default)s)")
-add("--chunk-tokens", **COUNT, default=256, help="at most (%(default)s)")
+add("--chunk-tokens", **COUNT, default=240, help="at most (%(default)s)")
 add("--chunk-overlap", **COUNT, default=32, help="tokens (%(default)s)")
 add("--retriever", choices=["hybrid", "dense", "bm25"], default="hybrid", help="(%(default)s)")
 add("--fusion", choices=["scores", "rrf"], default="scores", help="of both lists (%(default)s)")
@@ -1304,7 +1316,7 @@ async def answer_all(args: Namespace) -> int:
     store = open_store(args)
     opened = {"load": 0.0, "index": time.perf_counter() - start, "first_token": None}
     models = ThreadPoolExecutor(1)
-    options = {"top_k": args.top_k, "with_llm": not args.retrieve_only}
+    with_llm = not args.retrieve_only
     for question in args.question:
         record: dict[str, Any] = {"question": question, "answer": None, "refused": False}
         record |= {
@@ -1316,7 +1328,7 @@ async def answer_all(args: Namespace) -> int:
         record |= {"usage": None, "unknown_citations": [], "trace": {"notes": [], "seconds": {}}}
         text = ""
         try:
-            async for name, data in answer(question, [], store, models, **options):
+            async for name, data in answer(question, [], store, models, args.top_k, with_llm):
                 if name == "sources" and not args.json:
                     print_sources(record | data, args)
                 if name == "token" and not args.json:
@@ -1349,7 +1361,8 @@ async def answer_all(args: Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Answer or serve. Returns the exit code: 1 if a service failed, 2 if the user can fix it."""
     args = PARSER.parse_intermixed_args(argv)
-    if not args.question and args.host != "127.0.0.1" and not os.environ.get("RAG_API_KEY"):
+    is_local = args.host in ("127.0.0.1", "localhost", "::1")
+    if not args.question and not is_local and not os.environ.get("RAG_API_KEY"):
         PARSER.error("set RAG_API_KEY where others reach --host")
     for path in args.docs or [args.index if args.question and args.index else "."]:
         if not Path(path).exists():

@@ -139,7 +139,8 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
         kept = [dict(row) for row in db.execute("SELECT * FROM chunks")]
         vectors = dict(db.execute("SELECT * FROM vectors"))
     model, chunks = args.embed_model, chunks or kept
-    texts = {sha256(f"{model} {c['text']}".encode()).digest(): c["text"] for c in chunks}
+    keys = [sha256(f"{model} {chunk['text']}".encode()).digest() for chunk in chunks]
+    texts = {key: chunk["text"] for key, chunk in zip(keys, chunks, strict=True)}
     missing = [key for key in texts if key not in vectors]
     if chunks is kept and (missing or not kept):
         raise ValueError(f"{args.index} lacks vectors of {model}: name its --embed-model or --docs")
@@ -157,7 +158,7 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
             unused = [(key,) for key in vectors if key not in texts]
             db.executemany("DELETE FROM vectors WHERE key = ?", unused)
     say(f"index: {len(chunks)} chunks, {len(missing)} of them new")
-    return chunks, np.stack([np.frombuffer(vectors[key], np.float32) for key in texts])
+    return chunks, np.stack([np.frombuffer(vectors[key], np.float32) for key in keys])
 
 
 # --- retrieve: FAISS ---
