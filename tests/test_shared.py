@@ -170,7 +170,7 @@ FAULTS = {
         "    scores, rows = ",
         '    args.embed_model = "text-embedding-3-large"\n    scores, rows = ',
     ),
-    "swapped vectors": ("for key in texts])", "for key in reversed(texts)])"),
+    "swapped vectors": ("for key in keys])", "for key in reversed(keys)])"),
     "a chat model that embeds": ('"text-embedding-3-small"\nEMBED_BATCH', '"gpt-4o"\nEMBED_BATCH'),
     "no system role": ('"role": "system"', '"role": "instructions"'),
     "the farthest first": ("in enumerate(found, 1)]", "in enumerate(reversed([*found]), 1)]"),
