@@ -293,7 +293,11 @@ class Store:
         with self.database:
             # Only one program can have Chroma's folder open: another one fails here.
             self.database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self.database.execute("BEGIN EXCLUSIVE")
+            try:
+                self.database.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                hint = "ask the server that has it open, or share a --chroma-url"
+                raise ValueError(f"{folder} can't be opened: {hint} ({error})") from error
             fields = " UNINDEXED, ".join(PLACE)
             fts5 = f"fts5(text, {fields} UNINDEXED, tokenize = 'porter unicode61')"
             self.database.execute(f"CREATE VIRTUAL TABLE IF NOT EXISTS chunks USING {fts5}")

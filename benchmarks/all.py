@@ -26,12 +26,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+# With the first, every start compiles torch and transformers anew, as no user's does.
+LEFT_OUT = ("PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
 
 
 def run(name: str, *args: object) -> str:
     """Run a benchmark, which reports its progress on stderr. Returns its stdout."""
-    # Where this is set, every start compiles torch and transformers anew, as no user's does.
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    kept = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     command = ["uv", "run", str(ROOT / "benchmarks" / name), *map(str, args)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=kept)
     if done.returncode not in (0, 1):  # 1: a target is missed, or a peer could not be measured
