@@ -249,8 +249,8 @@ def read_answered(path: str) -> tuple[Path, set[str]]:
     try:
         Path(path).touch()
         *lines, torn = Path(path).read_bytes().split(b"\n")
-        if not b'{"question":'.startswith(torn[:12]):
-            lines.append(torn)  # not ours: refused below
+        if not b'{"question":'.startswith(torn[:12]) or torn.endswith(b'"}'):
+            lines.append(torn)  # not a record of ours: refused below
         for line in lines:
             number += 1
             record = json.loads(line)

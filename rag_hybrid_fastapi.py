@@ -75,7 +75,7 @@ from tqdm import tqdm
 # --- load, as Markdown ---
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
-MAX_UNPACKED = 200_000_000  # bytes of a DOCX, which is a ZIP file
+MAX_XML = 10_000_000  # bytes of a DOCX, which is a ZIP file of XML and pictures
 
 
 def read_pages(name: str, content: bytes) -> list[str]:
@@ -91,8 +91,8 @@ def read_pages(name: str, content: bytes) -> list[str]:
     if kind == ".pdf":
         pages = [page.extract_text() for page in pypdf.PdfReader(BytesIO(content)).pages]
     elif kind == ".docx":
-        size = sum(part.file_size for part in zipfile.ZipFile(BytesIO(content)).infolist())
-        if size > MAX_UNPACKED:
+        parts = zipfile.ZipFile(BytesIO(content)).infolist()
+        if sum(part.file_size for part in parts if part.filename.endswith(".xml")) > MAX_XML:
             raise ValueError("it unpacks to more than memory may hold")
         pages = [mammoth.convert_to_html(BytesIO(content)).value]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
@@ -124,8 +124,7 @@ def load_documents(paths: list[str]) -> dict[str, list[str]]:
 
 # --- chunk ---
 
-# A heading of Markdown or reStructuredText, with those right above it.
-HEADING = re.compile(r"(?m)(?:^#{1,6} .*\s+)*^#{1,6} +(.+?)[ #]*$|^(\S.*)\n[=~^-]{3,}$")
+HEADING = re.compile(r"(?m)^#{1,6} +(\S.*)$|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
 CUT_WORD_TOKENS = 4  # that a word may have more when it is cut
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
@@ -179,7 +178,13 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
     chunks = []
     for number, text in enumerate(pages, 1):
         page = number if source.lower().endswith(".pdf") else None
-        headings = {match.start(): match[1] or match[2] for match in HEADING.finditer(text)}
+        headings: dict[int, str] = {}
+        begin = end = 0
+        for match in HEADING.finditer(text):
+            if not end or text[end : match.start()].strip():  # else it is right below another
+                begin = match.start()
+            headings[begin] = (match[1] or match[2]).rstrip(" #")
+            end = match.end()
         for begin, end in pairwise(sorted({0, *headings, len(text)})):
             place = {"source": source, "page": page, "heading": headings.get(begin)}
             for offset, chunk in CHUNKERS[args.chunker](text[begin:end], args):
@@ -214,7 +219,7 @@ def load_models(args: Namespace) -> None:
     args.tokenizer.no_padding()
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     size = args.chunk_tokens = min(args.chunk_tokens, limit)
-    if args.chunk_overlap >= size - CUT_WORD_TOKENS:
+    if not 0 <= args.chunk_overlap < size - CUT_WORD_TOKENS:
         raise ValueError(f"--chunk-overlap must be well below the {size} tokens of a chunk")
     # A token is about four characters.
     args.by_characters = MarkdownSplitter(4 * size, overlap=4 * args.chunk_overlap)
@@ -381,7 +386,11 @@ class Store:
 
     def get(self, ids: list[int]) -> list[Chunk]:
         """Return chunks with their embeddings in the order of `ids`, without deleted ones."""
-        rows = self.select(f"SELECT rowid, * FROM chunks WHERE rowid IN ({str(ids)[1:-1]})")
+        select = f"SELECT rowid, * FROM chunks WHERE rowid IN ({str(ids)[1:-1]})"
+        rows = self.select(select)
+        if len(rows) < len(ids):  # another program has added some
+            self.follow()
+            rows = self.select(select)
         places = {row["rowid"]: dict(row) for row in rows}
         keys = [key for key in ids if key in places]
         if not keys:
@@ -745,7 +754,6 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
 # --- answer: stages with a trace ---
 
 MAX_QUESTION = 4_000  # characters; what is longer is a document
-HISTORY_TOKENS = 2_048  # of a chat, sent again with each question
 SMALL_TALK = re.compile(  # is not looked up; anything longer is taken for a question
     r"(?i)\W*(hi|hello|hey|good (morning|afternoon|evening|day)|greetings|thanks|thank you|thx|"
     r"cheers|bye|goodbye|see you|ok|okay|great|hallo|danke|bonjour|merci|hola|gracias)"
@@ -800,10 +808,10 @@ class Answer(BaseModel):
 
 
 def cut_history(history: list[Any], args: Namespace) -> tuple[list[Any], int]:
-    """Keep the last messages that fit HISTORY_TOKENS, from a question on. Returns their tokens."""
+    """Keep the last messages of an eighth of the window, from a question on, and their tokens."""
     kept = list(history)
     tokens = [count_tokens(message["content"], args) for message in history]
-    while kept and (sum(tokens) > HISTORY_TOKENS or kept[0]["role"] != "user"):
+    while kept and (sum(tokens) > args.window / 8 or kept[0]["role"] != "user"):
         del kept[0], tokens[0]
     return kept, sum(tokens)
 
@@ -1184,7 +1192,10 @@ async def chat(body: Question, request: Request) -> Any:
 @app.get("/documents", responses=ERRORS)
 async def list_documents() -> Documents:
     """List the documents that answers come from, and questions to start with."""
-    select = partial(asyncio.to_thread, get_store().select)
+    store = get_store()
+    select = partial(asyncio.to_thread, store.select)
+    if store.args.chroma_url:  # other programs may have changed it
+        await asyncio.to_thread(store.follow)
     rows = await select(
         "SELECT source, count(*) AS chunks, max(page) AS pages, max(uploaded) AS uploaded "
         "FROM chunks GROUP BY source"
@@ -1311,6 +1322,11 @@ def open_store(args: Namespace) -> Store:
     elif args.question and not store.size:
         raise ValueError("the index is empty: name the --docs")
     say(f"index: {store.size} chunks")
+    if args.index:
+        whole = "SELECT source FROM documents"
+        broken = f"SELECT DISTINCT source FROM chunks WHERE source NOT IN ({whole})"
+        for row in store.select(broken):
+            say(f"{row['source']} was not added whole: add it again, or remove it")
     return store
 
 
@@ -1376,6 +1392,8 @@ def main(argv: list[str] | None = None) -> int:
             PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
         if not 0 < len(question.strip()) <= MAX_QUESTION:
             PARSER.error(f"a question has 1 to {MAX_QUESTION} characters: long texts go in --docs")
+    if args.window < 4_096:
+        PARSER.error("--window must be 4096 or more")
     args.stopped = threading.Event()
     code = 0
     try:
