@@ -70,7 +70,7 @@ def peers(data: list[object]) -> str:
 
 def overhead(data: list[object]) -> str:
     """What the scripts add to the bare libraries."""
-    parts = ("indexing", "again", "question", "async", "streaming")
+    parts = ("indexing", "question", "async", "streaming")
     only = [word for part in parts for word in ("--only", part)]
     rows = []
     for line in run("overhead.py", "--turns", 3, *only, *data).splitlines()[1:-1]:
