@@ -57,7 +57,7 @@ def peers(data: list[object]) -> str:
             continue
         ratios = [f"{row['ratios'][what]:.2f}" for what in beside]
         quality = [f"{row['recall@5']:.3f}", f"{row['nDCG@10']:.3f}"]
-        size = [f"{row['installed MB']:,.0f}", f"{row['from nothing s']:.0f}"]
+        size = [f"{row['installed MB']:,.0f}", f"{row['from nothing s'] or 0:.0f}"]
         rows.append([row["name"], *ratios, *quality, *size])
     head = ["", *(what.rpartition(" ")[0] or what for what in beside), "recall@5", "nDCG@10"]
     asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"
@@ -75,9 +75,9 @@ def overhead(data: list[object]) -> str:
     rows = []
     for line in run("overhead.py", "--turns", 3, *only, *data).splitlines()[1:-1]:
         what, (ours, floor, ratio, _, unit) = line[:52].strip(), line[52:].split()[:5]
-        rows.append([what, f"{ours} {unit}", f"{floor} {unit}", ratio])
+        rows.append([what, f"{ours} {unit}", f"{floor} {unit}", f"{float(ratio):.2f}"])
     head = ["what", "script", "bare library", "ratio"]
-    return f"`overhead.py`, {date.today()}: what the scripts add.\n\n{table(head, rows)}"
+    return f"`overhead.py`, {date.today()}: the script beside the same work done with the bare library.\n\n{table(head, rows)}"
 
 
 def retrieval(data: list[object]) -> str:
