@@ -77,7 +77,8 @@ def overhead(data: list[object]) -> str:
         what, (ours, floor, ratio, _, unit) = line[:52].strip(), line[52:].split()[:5]
         rows.append([what, f"{ours} {unit}", f"{floor} {unit}", f"{float(ratio):.2f}"])
     head = ["what", "script", "bare library", "ratio"]
-    return f"`overhead.py`, {date.today()}: the script beside the same work done with the bare library.\n\n{table(head, rows)}"
+    about = "the script beside the same work done with the bare library"
+    return f"`overhead.py`, {date.today()}: {about}.\n\n{table(head, rows)}"
 
 
 def retrieval(data: list[object]) -> str:
