@@ -1064,7 +1064,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     yield
     state.args.stopped.set()
     thread.join(timeout=5)
-    if thread.is_alive():  # torch aborts if the interpreter exits while it runs in a thread
+    if thread.is_alive():  # torch in a thread aborts at exit
         os._exit(130)
 
 
