@@ -57,22 +57,21 @@ def read_file(file: Path) -> list[Chunk]:
     import pypdf
     from bs4 import BeautifulSoup, UnicodeDammit
 
-    pages: dict[int | None, str] = {}
     kind = file.suffix.lower()
     if kind == ".pdf":
-        pages = {n: page.extract_text() for n, page in enumerate(pypdf.PdfReader(file).pages, 1)}
+        texts = [page.extract_text() for page in pypdf.PdfReader(file).pages]
     elif kind == ".docx":
-        pages = {None: docx2txt.process(file)}
+        texts = [docx2txt.process(file)]
     elif kind in (".html", ".htm"):
-        pages = {None: BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")}
-    elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
+        texts = [BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")]
+    else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
-        pages = {None: decoded.unicode_markup or ""}
-    text = "".join(pages.values())
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
+        texts = [decoded.unicode_markup or ""]
+    if not "".join(texts).strip() or "\0" in texts[0]:
+        raise ValueError("there is no text in it (a scan needs OCR first)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
-    return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
+    pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
+    return [{"text": text, "source": source, "page": page} for page, text in pages]
 
 
 def load_documents(paths: list[str]) -> list[Chunk]:
@@ -82,11 +81,14 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
         visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
-        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
+        files = sorted(visible) or [Path(path)]  # none below it: it is a file itself
+        for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
                 say(f"skipped {file}: {error}")
+    if not documents:
+        raise ValueError(f"nothing to index in {' '.join(paths)}")
     return documents
 
 
@@ -259,7 +261,7 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, di
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and generate for one question after another. Yields what --json prints."""
     for question in args.question or ([] if args.docs or args.index else QUESTIONS):
-        record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
+        record = {"question": question} | args.record
         start = found = time.perf_counter()
         try:
             record["sources"] = retrieve(question, index, args)
@@ -271,9 +273,14 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
-        record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
+        spent = {"retrieve": found - start, "generate": time.perf_counter() - found}
+        record["seconds"] = args.seconds | spent
         if not args.json:
-            print_sources(record, args)
+            say(f"\nQuestion: {question}", sys.stdout)
+            for hit in record["sources"]:
+                place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
+                text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
+                say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", sys.stdout)
             say(f"Answer: {record['answer']}" if record["answer"] else "", sys.stdout)
         yield record
 
@@ -305,15 +312,6 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
     tqdm.write(clean, file or sys.stderr, end)
 
 
-def print_sources(record: dict[str, Any], args: Namespace) -> None:
-    """Print a question and the passages retrieved for it."""
-    say(f"\nQuestion: {record['question']}", sys.stdout)
-    for hit in record["sources"]:
-        place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
-        text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
-        say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", sys.stdout)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the pipeline. Returns the exit code: 1 if a service failed, 2 if the user can fix it."""
     args = PARSER.parse_intermixed_args(argv)
@@ -332,11 +330,10 @@ def main(argv: list[str] | None = None) -> int:
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]
         documents = load_documents(args.docs) if args.docs else [] if args.index else samples
         chunks = split_documents(documents, by_tokens)
-        if args.docs and not chunks:
-            raise ValueError(f"nothing to index in {' '.join(args.docs)}")
-        args.seconds = {"load": time.perf_counter() - start, "first_token": None}
+        loaded = time.perf_counter()
         index = update_index(chunks, args)
-        args.seconds["index"] = time.perf_counter() - start - args.seconds["load"]
+        indexed = time.perf_counter()
+        args.seconds = {"load": loaded - start, "index": indexed - loaded, "first_token": None}
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:

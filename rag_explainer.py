@@ -90,22 +90,21 @@ def read_file(file: Path) -> list[Chunk]:
     import pypdf
     from bs4 import BeautifulSoup, UnicodeDammit
 
-    pages: dict[int | None, str] = {}
     kind = file.suffix.lower()
     if kind == ".pdf":
-        pages = {n: page.extract_text() for n, page in enumerate(pypdf.PdfReader(file).pages, 1)}
+        texts = [page.extract_text() for page in pypdf.PdfReader(file).pages]
     elif kind == ".docx":
-        pages = {None: docx2txt.process(file)}
+        texts = [docx2txt.process(file)]
     elif kind in (".html", ".htm"):
-        pages = {None: BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")}
-    elif kind in KINDS:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
+        texts = [BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")]
+    else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
-        pages = {None: decoded.unicode_markup or ""}
-    text = "".join(pages.values())
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"no text in it (a scan needs OCR first), or none of {' '.join(KINDS)}")
+        texts = [decoded.unicode_markup or ""]
+    if not "".join(texts).strip() or "\0" in texts[0]:
+        raise ValueError("there is no text in it (a scan needs OCR first)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
-    return [{"text": text, "source": source, "page": n} for n, text in pages.items()]
+    pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
+    return [{"text": text, "source": source, "page": page} for page, text in pages]
 
 
 def load_documents(paths: list[str]) -> list[Chunk]:
@@ -115,11 +114,14 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
         visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
-        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
+        files = sorted(visible) or [Path(path)]  # none below it: it is a file itself
+        for file in tqdm(files, f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
                 say(f"skipped {file}: {error}")
+    if not documents:
+        raise ValueError(f"nothing to index in {' '.join(paths)}")
     return documents
 
 
