@@ -157,7 +157,7 @@ def update_index(chunks: list[Chunk], args: Namespace) -> Any:
         client = chromadb.EphemeralClient()
     cosine: Any = {"hnsw": {"space": "cosine"}}
     made = {"embed_model": args.embed_model}
-    collection = client.get_or_create_collection("rag_chroma_claude", None, cosine, made)
+    collection = client.get_or_create_collection("rag_chroma_claude", None, cosine, made, None)
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"{args.index} is of --embed-model {model}: name that, or another --index")

@@ -476,9 +476,7 @@ def test_another_embedder_makes_the_index_its_own_or_is_refused(script, ask, kep
 
 
 FOREIGN = {
-    "a database": lambda path: sqlite3.connect(path).executescript(
-        "ALTER TABLE chunks RENAME TO notes"
-    ),
+    "a database": lambda path: sqlite3.connect(path).execute("ALTER TABLE chunks RENAME TO notes"),
     "a text": lambda path: path.write_text("Dear diary, " * 100),
     "a short text": lambda path: path.write_text("Dear diary"),
     "a folder": lambda path: path.unlink() or path.mkdir(),
