@@ -32,9 +32,9 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from semantic_text_splitter import TextSplitter
@@ -165,7 +165,7 @@ async def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespac
     import faiss
 
     chunks, vectors = index
-    response = await args.llm.embeddings.create(model=args.embed_model, input=question)
+    response = await args.client.embeddings.create(model=args.embed_model, input=question)
     query = np.array([response.data[0].embedding], np.float32)
     query /= np.linalg.norm(query).clip(1e-12)
     k = min(args.top_k, len(chunks))
@@ -206,7 +206,7 @@ PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpF
 async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, Any]:
     """Let the LLM answer from the passages. Returns the answer and its token usage."""
     messages = build_prompt(question, hits, args)
-    completion = await args.llm.chat.completions.create(
+    completion = await args.client.chat.completions.create(
         model=args.model, messages=messages, max_completion_tokens=MAX_ANSWER_TOKENS
     )
     choice, used = completion.choices[0], completion.usage
@@ -236,28 +236,25 @@ def read_questions(path: str) -> list[str]:
     return list(filter(None, questions))
 
 
-def read_answered(path: str) -> tuple[Path, set[str]]:
-    """Read --out: its path, and the questions answered there. Drops a torn last line."""
-    answered = set()
-    number = 0
-    try:
-        Path(path).touch()
-        *lines, torn = Path(path).read_bytes().split(b"\n")
-        if not b'{"question":'.startswith(torn[:12]) or torn.endswith(b'"}'):
-            lines.append(torn)  # not a record of ours: refused below
-        for line in lines:
-            number += 1
-            record = json.loads(line)
-            if record["answer"] and not record["error"]:
-                answered.add(record["question"])
-        os.truncate(path, Path(path).stat().st_size - len(torn))
-    except Exception as error:
-        raise ArgumentTypeError(f"{path}, line {number}: {error!r}") from error
-    return Path(path), answered
+def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
+    """Open --out, and read the answers there by question. Drops a torn last line."""
+    answers = {}
+    with fileinput.input(path, mode="rb") as lines:
+        try:
+            out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
+            for line in lines:
+                if line.startswith(b'{"question":') and not line.endswith((b"\n", b'"}')):
+                    out.truncate(out.tell() - len(line))
+                else:
+                    record = json.loads(line)
+                    answers[record["question"]] = record["answer"]
+        except Exception as error:
+            raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
+    return out, answers
 
 
-PARSER.add_argument("--questions", type=read_questions, metavar="FILE", help="-: stdin")
-PARSER.add_argument("--out", type=read_answered, metavar="FILE", help="add JSON Lines, and resume")
+PARSER.add_argument("--questions", type=read_questions, default=[], metavar="FILE", help="-: stdin")
+PARSER.add_argument("--out", type=open_out, metavar="FILE", help="add JSON Lines, and resume")
 PARSER.add_argument("--concurrency", type=int, default=20, metavar="N", help="%(default)s at once")
 
 
@@ -278,8 +275,7 @@ async def answer_question(question: str, index: Any, args: Namespace) -> dict[st
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
     if args.out:
-        with args.out[0].open("ab", buffering=0) as out:  # one write: two runs can share the file
-            out.write(f"{json.dumps(record)}\n".encode())
+        args.out[0].write(f"{json.dumps(record)}\n")  # two runs can share the file
     return record
 
 
@@ -287,24 +283,23 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Answer --concurrency questions at a time. Yields what --json prints, in order."""
     import openai
 
-    if args.concurrency < 1:
-        raise ValueError("--concurrency must be 1 or more")
-    args.limit = asyncio.Semaphore(args.concurrency)
-    args.llm = openai.AsyncOpenAI(timeout=300, max_retries=8)  # many at once meet rate limits
-    samples = [] if args.docs or args.index or args.questions is not None else QUESTIONS
-    asked = args.question + (args.questions or []) or samples
-    questions = [question for question in asked if not args.out or question not in args.out[1]]
-    # The event loop has a thread of its own: this one prints, and Ctrl-C ends it at once.
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    start = asyncio.run_coroutine_threadsafe
-    tasks = [start(answer_question(question, index, args), loop) for question in questions]
-    for task in tqdm(tasks, "answering", disable=None):
-        record = task.result()
-        if not args.json and not args.out:
-            print_sources(record, args)
-            say(f"Answer: {record['answer']}" if record["answer"] else "", sys.stdout)
-        yield record
+    args.client = openai.AsyncOpenAI(timeout=300, max_retries=8)  # many at once meet rate limits
+    args.limit = asyncio.Semaphore(max(1, args.concurrency))
+    screen = StringIO() if args.json or args.out else sys.stdout
+    questions = args.question + args.questions or ([] if args.docs or args.index else QUESTIONS)
+    asked = [question for question in questions if not (args.out and args.out[1].get(question))]
+    with asyncio.Runner() as runner:  # its end cancels what is under way, as after Ctrl-C
+        start = runner.get_loop().create_task
+        tasks = [start(answer_question(question, index, args)) for question in asked]
+        for task in tqdm(tasks, "answering", disable=None):
+            record = runner.run(asyncio.wait_for(task, None))
+            say(f"\nQuestion: {record['question']}", screen)
+            for hit in record["sources"]:
+                place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
+                text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
+                say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", screen)
+            say(f"Answer: {record['answer']}" if record["answer"] else "", screen)
+            yield record
 
 
 # --- command line ---

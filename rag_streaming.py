@@ -14,10 +14,9 @@
     uv run rag_streaming.py --docs notes/ "What did we decide?"
     uv run rag_streaming.py --docs notes/ < questions.txt      # one question a line
 
-In a chat, a follow-up like "and when is that?" is rewritten first, so that it can be looked up.
-Requires OPENAI_API_KEY and 65 MB of packages; a question costs about half a cent. Set
-OPENAI_BASE_URL to use any OpenAI-compatible server. Not in here: answers in one piece
-(rag_faiss_openai.py), many questions at once (rag_async.py), local models (rag_local_ollama.py).
+A follow-up like "and when is that?" is rewritten first. Requires OPENAI_API_KEY and 65 MB of
+packages; a question costs about half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible
+server. Not in here: many questions at once (rag_async.py), local models (rag_local_ollama.py).
 """
 
 import json
@@ -31,6 +30,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpF
 
 
 def generate(messages: list[Any], record: dict[str, Any], args: Namespace) -> Iterator[str]:
-    """Yield the LLM's answer piece by piece as it comes. Its usage goes into the record."""
+    """Yield the LLM's answer piece by piece as it comes. Its token usage goes into the record."""
     options = {"stream": True, "stream_options": {"include_usage": True}}
     finish_reason = used = None
     for chunk in args.client.chat.completions.create(
@@ -213,12 +213,11 @@ def generate(messages: list[Any], record: dict[str, Any], args: Namespace) -> It
         raise RuntimeError("the stream ended before the answer did")
     if finish_reason != "stop":
         say(f"\nthe answer was cut at {MAX_ANSWER_TOKENS} tokens or before: {finish_reason}")
-    if used:
-        usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
-        record["usage"] = usage
-        # A token is normally about four characters.
-        if used.prompt_tokens < len(messages[-1]["content"]) / 8:
-            say("\nthe server cut the prompt: lower --top-k, or set OLLAMA_CONTEXT_LENGTH=16384")
+    # A token is normally about four characters.
+    if used and used.prompt_tokens < len(messages[-1]["content"]) / 8:
+        say("\nthe server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
+    usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
+    record["usage"] = usage
 
 
 # --- answer: a stream, a chat ---
@@ -228,12 +227,8 @@ REWRITE_PROMPT = """Rewrite the user's last question so that it can stand alone:
 of words like it or there. Keep its language. Do not answer it, and write nothing else."""
 
 
-def read_questions(args: Namespace) -> Iterator[str]:
-    """Yield the questions of the command line, or of stdin: a chat if that is a terminal."""
-    if not args.chat:
-        samples = [] if args.docs or args.index else QUESTIONS
-        yield from args.question or sys.stdin.read().splitlines() or samples
-        return
+def read_chat() -> Iterator[str]:
+    """Yield what is typed, line by line."""
     with suppress(ImportError):  # arrow keys; Windows has them without it
         import readline  # noqa: F401
     say("Ctrl-C stops an answer, Ctrl-D leaves.")
@@ -245,46 +240,49 @@ def read_questions(args: Namespace) -> Iterator[str]:
 
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and stream for one question after another. Yields what --json prints."""
-    args.chat = not args.question and sys.stdin.isatty()
+    is_chat = not args.question and sys.stdin.isatty()
+    questions = args.question or (read_chat() if is_chat else sys.stdin.read().splitlines())
+    samples = [] if args.docs or args.index else QUESTIONS
     history: list[Any] = []
-    for question in filter(str.strip, read_questions(args)):
+    screen = StringIO() if args.json else sys.stdout
+    for question in filter(str.strip, questions or samples):
         record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
         asked = {"role": "user", "content": question}
         answer, query = "", question
         start = found = time.perf_counter()
         try:
             if history:  # of which retrieval knows nothing
-                system = {"role": "system", "content": REWRITE_PROMPT}
-                query = "".join(generate([system, *history, asked], {}, args))
+                rewriting = [{"role": "system", "content": REWRITE_PROMPT}, *history, asked]
+                query = "".join(generate(rewriting, {}, args))
                 say(f"looked up: {query}")
             record["sources"] = retrieve(query, index, args)
             found = time.perf_counter()
-            if not args.json:
-                print_sources(record, args)
+            say(f"\nQuestion: {question}", screen)
+            for hit in record["sources"]:
+                place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
+                text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
+                say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", screen)
             if not args.retrieve_only:
-                messages = build_prompt(query, record["sources"], args)
-                messages[1:1] = history
-                for piece in filter(None, generate(messages, record, args)):
+                system, prompt = build_prompt(query, record["sources"], args)
+                for piece in filter(None, generate([system, *history, prompt], record, args)):
                     if not answer:
                         record["seconds"]["first_token"] = time.perf_counter() - found
-                    if not args.json:
-                        say(piece if answer else f"Answer: {piece}", sys.stdout, end="")
-                        sys.stdout.flush()
+                    say(piece if answer else f"Answer: {piece}", screen, end="")
+                    screen.flush()
                     answer += piece
                 if not answer:
                     raise RuntimeError("the LLM returned no text")
         except KeyboardInterrupt:
-            if not args.chat:
+            if not is_chat:
                 raise
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
+        say("", screen)
         record |= {"answer": answer or None, "refused": answer.startswith(REFUSAL)}
         record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
-        if args.chat and answer:
+        if is_chat and answer:
             said = re.sub(r" ?\[\d+\]", "", answer)  # the numbers mean other passages next time
             history = [*history, asked, {"role": "assistant", "content": said}][-HISTORY_MESSAGES:]
-        if not args.json:
-            say("", sys.stdout)
         yield record
 
 

@@ -50,17 +50,12 @@ def asked(llm):
 # --- at once ---
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [0, 1, 4])
 def test_as_many_answers_as_concurrency_says_are_under_way_and_no_more(ask, llm, count):
     llm.delay = 0.1
     done = ask(*ALL, "--json", "--concurrency", count)
     assert (done.code, answers(done.records)) == (0, ANSWERS)
-    assert llm.most_simultaneous_chats == count
-
-
-def test_a_concurrency_of_0_is_exit_2_and_no_run_without_end(ask):
-    done = ask(*ALL, "--concurrency", 0)
-    assert (done.code, "--concurrency must be 1 or more" in done.err) == (2, True)
+    assert llm.most_simultaneous_chats == (count or 1)
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])
@@ -145,7 +140,7 @@ def test_a_run_that_is_ended_keeps_its_answers(ask, llm, number):
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: Path("out.jsonl").exists() and len(written()) == 6)
         process.send_signal(number)
-        assert not re.search("Traceback|never retrieved", process.communicate()[1])
+        assert not re.search("Traceback|never retrieved|destroyed", process.communicate()[1])
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     llm.recover()
     asked(llm)
