@@ -73,8 +73,7 @@ def load_documents(paths: list[str]) -> list[Chunk]:
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
         visible = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
-        files = sorted(visible) or [Path(path)]  # none below it: it is a file itself
-        for file in tqdm(files, f"reading {path}", disable=None):
+        for file in tqdm(sorted(visible) or [Path(path)], f"reading {path}", disable=None):
             try:
                 documents += read_file(file)
             except Exception as error:
