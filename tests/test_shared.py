@@ -30,7 +30,7 @@ MOST_LINES = {  # the design wants 350, 390 for the local one, and 1,720 in all:
 }
 MOST_LINES_IN_ALL = 1_915
 MOST_LINES_BEFORE_THE_PAGE = {  # of the hybrid one, 900 are wanted
-    "rag_hybrid_fastapi.py": 1_415,
+    "rag_hybrid_fastapi.py": 1_087,
     "rag_explainer.py": 1_000,
     "rag_compare.py": 470,
 }
