@@ -861,9 +861,9 @@ async def is_ready() -> dict[str, Any]:
     store = app.state.store
     select = "SELECT DISTINCT coalesce(place ->> 'heading', place ->> 'source') FROM "
     topics = store.database.execute(select + "(SELECT place FROM chunks LIMIT 99) LIMIT 3")
-    served = {name: getattr(store.args, name) for name in ("llm", "model", "embed_model")}
     examples = [f'What is said about "{topic}"?' for (topic,) in topics]
-    return {"chunks": store.size, "examples": examples} | served
+    names = {"model": store.args.model, "embed_model": store.args.embed_model}
+    return {"status": "ready", "chunks": store.size, "examples": examples} | names
 
 
 async def run_events(body: Question) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
@@ -925,9 +925,8 @@ async def add_document(file: UploadFile) -> Change:
     except Exception as error:
         raise HTTPException(415, f"the file can't be read: {error}") from error
     async with app.state.changing:
-        return Change(
-            source=name, **await asyncio.to_thread(app.state.store.update, {name: pages}, True)
-        )
+        counts = await asyncio.to_thread(app.state.store.update, {name: pages}, True)
+    return Change(source=name, **counts)
 
 
 @app.delete("/documents/{source:path}")
