@@ -22,12 +22,15 @@ from test_contract import CUP, MODEL_FOLDER, call
 import rag_hybrid_fastapi as rag
 
 QUESTION, SIEVE = "What does E47 mean?", "inlet sieve is blocked"
+PEOPLE = ("Odda Renfrey", "Sunniva Aas", "Torbern Lie", "Imke Dallinger", "Priya Nand", "Wim Okko")
 PUMPS = [
     f"The pump {('HX', 'LT', 'QV', 'RB')[n % 4]}-{211 + 7 * n} lifts water to the tank of "
     f"hall {n}. Its error E{4100 + 13 * n} means that the inlet sieve is blocked. "
-    f"It is serviced by {'Yngvild Quarrie' if n == 41 else ('Odda Renfrey', 'Wim Okko')[n % 2]}."
+    f"It is serviced by {'Yngvild Quarrie' if n == 41 else PEOPLE[n % 6]}."
     for n in range(60)
 ]
+ASKED = {"role": "user", "content": "Who is the miller of Halden?"}
+TOLD = {"role": "assistant", "content": "Sunniva Aas [1]."}
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +133,7 @@ def test_hybrid_finds_exact_words_that_the_embedder_does_not_know(pumps, questio
     assert [hit["score"] for hit in nearest] == pytest.approx(np.sort(every)[:-21:-1], abs=1e-3)
     [found] = [hit for hit in retrieve(pumps, question)[:4] if hit["text"] == PUMPS[n]]
     assert found["ranks"]["bm25"] == 1
+    assert retrieve(pumps, "zebra", retriever="bm25") == []
 
 
 def test_a_cross_encoder_orders_what_was_fused(pumps):
@@ -138,9 +142,8 @@ def test_a_cross_encoder_orders_what_was_fused(pumps):
     found = retrieve(pumps, QUESTION, reranker="cross-encoder", cross_encoder=args.cross_encoder)
     scores = args.cross_encoder.predict([(QUESTION, hit["text"]) for hit in found])
     assert all(np.diff(scores) <= 1e-4)
-    assert [hit["ranks"]["cross-encoder"] for hit in found] == [*range(1, 21)]
-    fused = [hit["ranks"]["fused"] for hit in found]
-    assert sorted(fused) == [*range(1, 21)] != fused
+    ranks = [(hit["ranks"]["cross-encoder"], hit["ranks"]["fused"]) for hit in found]
+    assert [rank for rank, _ in ranks] == [*range(1, 21)] == sorted(rank for _, rank in ranks)
 
 
 def passages(*texts):
@@ -172,10 +175,6 @@ def test_no_passage_can_close_its_tag(args):
 def test_citations_of_passages_that_were_not_sent_are_marked():
     text = "It is [1], [2,9][0], see [1](https://a.example/x) and [9](y), in [1984], [a] and 7"
     assert rag.mark_citations(text, 2) == text.replace("[2,9][0]", "[2][9?][0?]")
-
-
-ASKED = {"role": "user", "content": "Who is the miller of Halden?"}
-TOLD = {"role": "assistant", "content": "Sunniva Aas [1]."}
 
 
 def chat(args, query, history=(), **options):
@@ -218,11 +217,10 @@ def test_a_long_history_is_cut_and_what_can_t_be_rewritten_is_asked(llm, args, c
     assert all(f"error: {kind}(" in logged for kind in kinds)
 
 
-def test_without_an_llm_it_quotes_greets_refuses_and_takes_follow_ups(args):
+def test_without_an_llm_it_quotes_refuses_and_takes_follow_ups(args):
     found = chat(args, "And who was it before her?", [ASKED, TOLD], llm="quotes")
     assert re.search(r'"[^"]*before her it was her uncle Torbern.*" \[1\]$', found.answer)
     assert found.queries == ["Who is the miller of Halden? And who was it before her?"]
-    assert chat(args, "Hello", llm="quotes").answer.startswith("Hello.")
     found = chat(args, CUP, llm="quotes")
     assert (found.answer, found.refused, found.usage) == (rag.REFUSAL, True, None)
 
