@@ -88,7 +88,7 @@ def retrieval(data: list[object]) -> str:
     figures = json.loads(run("retrieval.py", "--json", "--sample", 0, *data))
     rows = []
     for method, means in figures["methods"].items():
-        milliseconds = figures["milliseconds"][method]["in all"]["median"]
+        milliseconds = figures["milliseconds"][method]["median"]
         rows.append([method, *(f"{mean:.3f}" for mean in means.values()), f"{milliseconds:.0f}"])
     head = ["", *next(iter(figures["methods"].values())), "ms"]
     asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"

@@ -20,7 +20,6 @@ import os
 import platform
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ METHODS = {  # the options of each
 }
 METRICS = ("recall@5", "MRR@10", "nDCG@10")
 
-Ranking = tuple[list[str], dict[str, float]]
-Rank = Callable[[str, str], Ranking]
+Rank = Callable[[str, str], list[str]]
 
 
 class Missing(Exception):
@@ -71,20 +69,17 @@ def connect(corpus: dict[str, str]) -> Rank:
     """Index the paragraphs, given by their ids, with the script. Returns `rank`."""
     rag = load("rag_hybrid_fastapi.py")
     args = rag.PARSER.parse_args(["--retrieve-only"])
-    args.stopped = threading.Event()
     rag.load_models(args)
     store = rag.Store(args)
     store.update({key: [text] for key, text in corpus.items()})
 
-    def rank(question: str, method: str) -> Ranking:
-        """Ids of the nearest paragraphs, nearest first, and seconds by stage.
+    def rank(question: str, method: str) -> list[str]:
+        """Ids of the nearest paragraphs, nearest first.
 
         A paragraph of several chunks stands where its first chunk stands, once.
         """
         vars(args).update(METHODS[method])
-        seconds: dict[str, float] = {}
-        hits = rag.retrieve([question], store, seconds)
-        return list(dict.fromkeys(hit["source"] for hit in hits)), seconds
+        return list(dict.fromkeys(hit["source"] for hit in rag.retrieve([question], store)))
 
     return rank
 
@@ -204,18 +199,16 @@ def percentile(values: list[float], share: float) -> float:
 def measure(rank: Rank, questions: list[Question]) -> dict[str, Any]:
     """Ask each question with each method. Returns the figures."""
     found: dict[str, list[tuple[float, float, float]]] = {method: [] for method in METHODS}
-    times: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
     for method in METHODS:
         rank(questions[-1].text, method)  # a warm-up
     for turn, question in enumerate(questions):
         first = turn % len(METHODS)
         for method in [*METHODS][first:] + [*METHODS][:first]:
             start = time.perf_counter()
-            ids, stages = rank(question.text, method)
-            stages["in all"] = time.perf_counter() - start
+            ids = rank(question.text, method)
+            times[method].append(1_000 * (time.perf_counter() - start))
             found[method].append(scores(ids, question.relevant))
-            for stage, seconds in stages.items():
-                times[method].setdefault(stage, []).append(1_000 * seconds)
         if turn % 100 == 99:
             print(f"asked: {turn + 1} of {len(questions)}", file=sys.stderr, flush=True)
     means = {
@@ -226,11 +219,8 @@ def measure(rank: Rank, questions: list[Question]) -> dict[str, Any]:
         "questions": len(questions),
         "methods": means,
         "milliseconds": {
-            method: {
-                stage: {"median": median(each), "p95": percentile(each, 0.95)}
-                for stage, each in stages.items()
-            }
-            for method, stages in times.items()
+            method: {"median": median(each), "p95": percentile(each, 0.95)}
+            for method, each in times.items()
         },
         "target": target(found, means),
     }
@@ -259,26 +249,19 @@ def print_tables(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 100)
-    quality = Table("method", title="what is found", title_justify="left")
-    for metric in METRICS:
-        quality.add_column(metric, justify="right")
+    table = Table("method")
+    for name in (*METRICS, "median ms", "p95 ms"):
+        table.add_column(name, justify="right")
     for method, means in figures["methods"].items():
-        quality.add_row(method, *(f"{means[metric]:.3f}" for metric in METRICS))
-    console.print(quality)
+        taken = figures["milliseconds"][method].values()
+        table.add_row(
+            method, *(f"{means[metric]:.3f}" for metric in METRICS), *map("{:.1f}".format, taken)
+        )
+    console.print(table)
     goal = figures["target"]
     held = "yes" if goal["held"] else "NO"
     gap = f"{goal['by']:+.3f} ± {goal['standard error']:.3f} beside {goal['part']}"
     console.print(f"scores beats both of its parts in nDCG@10: {held} ({gap})")
-
-    speed = Table("method", "stage", title="milliseconds a question takes", title_justify="left")
-    for what in ("median", "p95"):
-        speed.add_column(what, justify="right")
-    for method, stages in figures["milliseconds"].items():
-        for n, (stage, each) in enumerate(stages.items()):
-            row = (f"{each['median']:,.1f}", f"{each['p95']:,.1f}")
-            last = n == len(stages) - 1
-            speed.add_row("" if n else method, stage, *row, end_section=last)
-    console.print(speed)
     asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"
     console.print(f"{figures['data']}: {asked}. {figures['machine']}")
 

@@ -9,20 +9,15 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
-from copy import copy
-from io import BytesIO
 from pathlib import Path
-from threading import Event
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
-import docx
 import numpy as np
 import pytest
 from chromadb.api.shared_system_client import SharedSystemClient
 from conftest import HEAVY, run_light
 from nursery import wait_for
-from test_contract import MODEL_FOLDER, call
+from test_contract import CUP, MODEL_FOLDER, call
 
 import rag_hybrid_fastapi as rag
 
@@ -34,6 +29,8 @@ PUMPS = [
     f"It is serviced by {'Yngvild Quarrie' if n == 41 else PEOPLE[n % 6]}."
     for n in range(60)
 ]
+ASKED = {"role": "user", "content": "Who is the miller of Halden?"}
+TOLD = {"role": "assistant", "content": "Sunniva Aas [1]."}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +58,6 @@ def ask(capsys):
 @pytest.fixture(scope="module")
 def args():
     args = rag.PARSER.parse_args(["--retrieve-only"])
-    args.stopped = Event()
     rag.load_models(args)
     return args
 
@@ -77,9 +73,8 @@ def opened(args, **options):
 
 def retrieve(store, question, **options):
     """Retrieve with options that differ from the store's."""
-    store = copy(store)
-    store.args = changed(store.args, **options)
-    return rag.retrieve([question], store, {})
+    with patch.object(store, "args", changed(store.args, **options)):
+        return rag.retrieve([question], store)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +84,9 @@ def pumps(args):
     return store
 
 
-def test_html_and_docx_are_read_as_markdown_with_their_headings():
+def test_html_is_read_as_markdown_with_its_headings():
     html = b"<style>p {}</style><h2>Dams</h2><p>A <b>weir</b> of *oak* <a href=x>here</a></p>"
     assert rag.read_pages("a.html", html)[0].strip() == "## Dams\n\nA **weir** of *oak* here"
-    document, file = docx.Document(), BytesIO()
-    document.add_heading("Dams", 2)
-    document.add_table(rows=1, cols=2).cell(0, 0).text = "330 baskets"
-    document.save(file)
-    [text] = rag.read_pages("a.docx", file.getvalue())
-    assert re.match(r"\s*## Dams\n(.|\n)*330 baskets", text)
 
 
 @pytest.mark.parametrize("chunker", rag.CHUNKERS)
@@ -142,19 +131,19 @@ def test_hybrid_finds_exact_words_that_the_embedder_does_not_know(pumps, questio
     assert PUMPS[n] not in [hit["text"] for hit in nearest[:4]]
     every = rag.embed(PUMPS, pumps.args) @ rag.embed([question], pumps.args, query=True)[0]
     assert [hit["score"] for hit in nearest] == pytest.approx(np.sort(every)[:-21:-1], abs=1e-3)
-    [found] = [hit for hit in retrieve(pumps, question) if hit["text"] == PUMPS[n]]
+    [found] = [hit for hit in retrieve(pumps, question)[:4] if hit["text"] == PUMPS[n]]
     assert found["ranks"]["bm25"] == 1
-    assert found["ranks"]["final"] <= 4
+    assert retrieve(pumps, "zebra", retriever="bm25") == []
 
 
 def test_a_cross_encoder_orders_what_was_fused(pumps):
     args = changed(pumps.args, reranker="cross-encoder", rerank_model=str(MODEL_FOLDER))
     rag.load_models(args)  # its last layer is random
     found = retrieve(pumps, QUESTION, reranker="cross-encoder", cross_encoder=args.cross_encoder)
-    scores = [hit["scores"]["cross-encoder"] for hit in found]
-    assert scores == sorted(scores, reverse=True)
-    assert [hit["ranks"]["final"] for hit in found] == [*range(1, 21)]
-    assert {hit["ranks"]["fused"] for hit in found} == {*range(1, 21)}
+    scores = args.cross_encoder.predict([(QUESTION, hit["text"]) for hit in found])
+    assert all(np.diff(scores) <= 1e-4)
+    ranks = [(hit["ranks"]["cross-encoder"], hit["ranks"]["fused"]) for hit in found]
+    assert [rank for rank, _ in ranks] == [*range(1, 21)] == sorted(rank for _, rank in ranks)
 
 
 def passages(*texts):
@@ -165,110 +154,75 @@ def test_the_context_keeps_its_budget_with_whole_chunks_and_says_what_it_leaves_
     text = "The pump HX-220 lifts the water of the mill to the pond above it, forty litres a minute"
     near, other = text.replace("above it", "above"), text.replace("HX-220", "HX-221")
     given = passages(text, near, "two " * 300, other, near.upper(), "one " * 90, "three")
-    spent = rag.assemble(given, 3, 350, args)
+    spent = rag.assemble(given, 3, changed(args, window=700))
+    alike = "nearly the same as one before it"
+    left_out = [None, alike, "its 342 tokens do not fit", None, alike, None, "beyond the best 3"]
+    assert [hit["left_out"] for hit in given] == left_out
     assert [hit["n"] for hit in given] == [1, None, None, 2, None, 3, None]
-    assert re.fullmatch(r"its 3\d\d tokens do not fit into the 350 .*", given[2]["left_out"])
-    assert given[1]["left_out"] == given[4]["left_out"] == "nearly the same as [1]"
-    assert given[6]["left_out"] == "beyond the best 3"
     _, prompt = rag.build_prompt("x", [hit for hit in given if hit["n"]], args)
     assert rag.count_tokens(prompt["content"], args) <= 1.1 * spent <= 385
 
 
 def test_no_passage_can_close_its_tag(args):
-    given = passages("The pump is blocked.")
+    closing = ""
     for _ in range(3):
-        _, prompt = rag.build_prompt("What now?", given, args)
-        [closing] = set(re.findall(r"</passage-\w+>", prompt["content"])) - {given[0]["text"]}
-        assert prompt["content"].endswith(f"\n{closing}\n\nQuestion: What now?")
-        assert prompt["content"].count(closing) == 1
-        given[0] |= {"text": closing, "source": f'a"{closing}'}
+        given = [passages(f"The pump.\n{closing}")[0] | {"source": f'a"{closing}'}]
+        prompt = rag.build_prompt("What now?", given, args)[1]["content"]
+        [closing] = re.findall(r"\n(</passage-\w+>)\n\nQuestion: What now\?$", prompt)
+        assert prompt.count(closing) == 1
 
 
 def test_citations_of_passages_that_were_not_sent_are_marked():
     text = "It is [1], [2,9][0], see [1](https://a.example/x) and [9](y), in [1984], [a] and 7"
-    marked = text.replace("[2,9][0]", "[2][9?][0?]")
-    assert rag.check_citations(text, 2) == (marked, [0, 9])
+    assert rag.mark_citations(text, 2) == text.replace("[2,9][0]", "[2][9?][0?]")
 
 
-HISTORY = [
-    {"role": "user", "content": "Who is the miller of Halden?"},
-    {"role": "assistant", "content": "Sunniva Aas [1]."},
-]
+def chat(args, query, history=(), **options):
+    """Let `answer` answer from the samples: its record, all filled in."""
+
+    async def run():
+        return [piece async for piece in rag.answer(record, [*history], store, 4, True)]
+
+    forget()
+    store = rag.open_store(changed(args, retrieve_only=False, **options))
+    record = rag.Answer(question=query, model=None, embed_model="")
+    pieces = asyncio.run(run())
+    assert (pieces[0], "".join(pieces).strip()) == ("", record.answer)
+    return record
 
 
-@pytest.fixture
-def chat(args):
-    """Let `answer` answer from the samples: all that it yields."""
-    store = opened(args)
-    store.update({"sample": rag.SAMPLES})
-
-    async def run(query, history):
-        with ThreadPoolExecutor(1) as pool:
-            parts = rag.answer(query, history, store, pool, top_k=4, with_llm=True)
-            return {k: v async for name, data in parts if name != "token" for k, v in data.items()}
-
-    def chat(query, history=(), **options):
-        store.args = changed(args, **options)
-        rag.connect(store.args)
-        return asyncio.run(run(query, [*history]))
-
-    return chat
-
-
-def test_paraphrases_are_searched_for_too_and_fused(llm, chat):
-    llm.fail(containing="other ways", reply="1. How heavy is a sack of rye?\n\n- x\n3) y\nz")
-    done = chat(QUESTION, expand=3)
-    assert done["trace"]["queries"] == [QUESTION, "How heavy is a sack of rye?", "x", "y"]
-    ranks = {hit["text"][:6]: hit["ranks"] for hit in done["trace"]["candidates"]}
+def test_paraphrases_are_searched_for_too_and_fused(llm, args):
+    reply = f"{QUESTION}\n1. How heavy is a sack of rye?\n\n- x\n3) y\nz"
+    llm.fail(containing="in 3 other wordings", reply=reply)
+    done = chat(args, QUESTION, expand=3)
+    assert done.queries == [QUESTION, "How heavy is a sack of rye?", "x", "y"]
+    ranks = {hit.text[:6]: hit.ranks for hit in done.candidates}
     assert ranks["# Pump"]["dense"] == ranks["# Flou"]["dense 2"] == ranks["# Flou"]["bm25 2"] == 1
-    assert SIEVE in done["answer"]
+    assert SIEVE in done.answer
 
 
-@pytest.mark.parametrize("fault", [{"status": 500}, {"reply": ""}, {"cut_after": 1}])
-def test_a_long_history_is_cut_and_where_rewriting_fails_the_question_is_asked(llm, chat, fault):
-    asked, told = HISTORY
-    long = {"content": "long " * 1500}
+@pytest.mark.parametrize("fault", [{"status": 500}, {"cut_after": 1}, {"reply": ""}])
+def test_a_long_history_is_cut_and_what_can_t_be_rewritten_is_asked(llm, args, capsys, fault):
+    long = {"content": "long " * 2_000}
     llm.fail(containing=rag.REWRITE_PROMPT, times=3, **fault)
-    done = chat(QUESTION, [asked | long, told, asked, told | long], expand=2)
+    done = chat(args, QUESTION, [ASKED | long, TOLD, ASKED, TOLD | long], expand=2)
     # The answer whose question does not fit goes too: a chat begins with a question.
-    assert llm.chat_requests[-1].json["messages"][1:-1] == [asked, told | long]
-    assert (SIEVE in done["answer"], done["trace"]["queries"]) == (True, [QUESTION])
-    cut, note = done["trace"]["notes"]
-    assert cut == "the first 2 messages of the chat were left out"
-    assert note.startswith("the question was not rewritten or expanded: the ")
-    assert llm.url not in note
+    assert llm.chat_requests[-1].json["messages"][1:-1] == [ASKED, TOLD | long]
+    assert (SIEVE in done.answer, done.queries) == (True, [QUESTION])
+    cut, *why = done.notes
+    assert cut == "the first 2 messages were left out"
+    kinds = re.findall(r"the question was not rewritten: it failed \((\w+)\)", "".join(why))
+    assert len(kinds) == ("reply" not in fault)
+    logged = capsys.readouterr().err  # to which the note points
+    assert all(f"error: {kind}(" in logged for kind in kinds)
 
 
-def test_the_embedded_llm_quotes_greets_refuses_and_takes_follow_ups(chat):
-    found = chat("And who was it before her?", HISTORY, llm="embedded")
-    assert re.search(r'"[^"]*before her it was her uncle Torbern.*" \[1\]$', found["answer"])
-    assert found["trace"]["queries"][0].startswith("Who is the miller of Halden? And who")
-    assert chat("Hello", llm="embedded")["answer"].startswith("Hello!")
-    found = chat("Which team won the cup?", llm="embedded")
-    assert (found["answer"], found["refused"], found["usage"]) == (rag.REFUSAL, True, None)
-
-
-def test_only_what_is_new_is_split_and_embedded_and_what_is_gone_is_forgotten(
-    ask, notes, tmp_path, monkeypatch
-):
-    split, embed = Mock(wraps=rag.split_document), Mock(wraps=rag.embed)
-    monkeypatch.setattr(rag, "split_document", split)
-    monkeypatch.setattr(rag, "embed", embed)
-
-    def update(*more):
-        split.reset_mock()
-        embed.reset_mock()
-        done = ask("--index", tmp_path / "rag", "--retrieve-only", "--json", "ferry dam", *more)
-        sources = {Path(source["source"]).stem for source in done.records[0]["sources"]}
-        embedded = sum(len(call.args[0]) for call in embed.mock_calls if not call.kwargs)
-        return split.call_count, embedded, sources
-
-    docs, three = ("--docs", notes), {"dam", "ferry", "honey"}
-    assert update(*docs) == (3, 3, three)
-    assert update(*docs) == update() == (0, 0, three)
-    (notes / "ferry.txt").write_text("The ferry of Aldermoor sank.")
-    (notes / "honey.txt").unlink()
-    assert update(*docs) == (1, 1, {"dam", "ferry"})
+def test_without_an_llm_it_quotes_refuses_and_takes_follow_ups(args):
+    found = chat(args, "And who was it before her?", [ASKED, TOLD], llm="quotes")
+    assert re.search(r'"[^"]*before her it was her uncle Torbern.*" \[1\]$', found.answer)
+    assert found.queries == ["Who is the miller of Halden? And who was it before her?"]
+    found = chat(args, CUP, llm="quotes")
+    assert (found.answer, found.refused, found.usage) == (rag.REFUSAL, True, None)
 
 
 def held(store):
@@ -277,16 +231,24 @@ def held(store):
     return {hit["source"] for hit in found if {"dense", "bm25"} <= set(hit["ranks"])}
 
 
-def test_uploads_stay_when_docs_are_indexed_anew_and_lost_words_come_back(args, tmp_path):
+def test_what_is_new_is_embedded_uploads_stay_and_lost_words_come_back(args, tmp_path, monkeypatch):
+    def update(uploaded=False, **documents):
+        embed = Mock(wraps=embed_all)
+        monkeypatch.setattr(rag, "embed", embed)
+        store.update({name: [text] for name, text in documents.items()}, uploaded)
+        return sum(len(call.args[0]) for call in embed.mock_calls), "".join(sorted(held(store)))
+
+    embed_all = rag.embed
     store = opened(args, index=tmp_path)
-    store.update({"a.md": ["Buoy 1 is red."]})
-    store.update({"b.md": ["Buoy 2 is red."]}, uploaded=True)
-    store.update({"c.md": ["Buoy 3 is red."]})
-    assert held(store) == {"b.md", "c.md"}
+    docs = {name: f"The buoy of {name} is red." for name in "abc"}
+    assert update(**docs) == (3, "abc")
+    assert update(uploaded=True, d="The buoy of d is red.") == (1, "abcd")
+    assert update(**docs) == (0, "abcd")
+    assert update(a=docs["a"], b="The buoy of b is green.") == (1, "abd")
     with store.database:
-        store.database.execute("DELETE FROM chunks WHERE source = 'b.md'")
+        store.database.execute("DELETE FROM chunks WHERE place ->> 'source' = 'd'")
     store.database.close()
-    assert held(opened(args, index=tmp_path)) == {"b.md", "c.md"}
+    assert held(rag.open_store(changed(args, index=tmp_path))) == {"a", "b", "d"}
 
 
 def test_words_follow_what_another_program_changes_on_a_server(args, tmp_path, request):
@@ -314,9 +276,8 @@ def one_line(done, *said):
 def test_what_is_no_index_of_ours_is_refused_and_left_as_it_is(ask, notes, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    index = tmp_path / "theirs"
-    one_line(ask("--retrieve-only", "--index", index, "dam"), index)
-    one_line(ask("--retrieve-only", "--index", index, "--docs", notes, "dam"), index)
+    for docs in ((), ("--docs", notes)):
+        one_line(ask("--retrieve-only", "--index", tmp_path / "theirs", *docs, "dam"), "theirs")
     files = {path for path in tmp_path.rglob("*") if path.is_file() and path.parent != notes}
     assert (files, (tmp_path / name).read_text()) == ({tmp_path / name}, "mine")
 
@@ -333,27 +294,23 @@ def test_what_is_wrong_with_an_index_is_told_in_a_line(ask, args, notes, tmp_pat
     one_line(ask(*run), tmp_path / "rag")
 
 
-def test_several_questions_are_answered_with_the_fields_of_the_collection(llm, ask):
-    done = ask("--json", QUESTION, "Which team won the football cup?", "How heavy is rye flour?")
-    assert (done.code, done.err) == (0, "index: 3 chunks\n")
+def test_questions_of_any_length_are_answered_with_the_fields_of_the_collection(llm, ask):
+    done = ask("--json", QUESTION, CUP, "flour " * 1_000)
+    cut = "the embedder reads only 256 tokens of this question\n"
+    assert (done.code, done.err) == (0, f"index: 3 chunks\n{cut}")
+    assert [record["refused"] for record in done.records] == [False, True, False]
     told = done.records[0]
     names = "question answer refused error sources model embed_model usage seconds"
-    assert list(told) == names.split()
-    assert [record["refused"] for record in done.records] == [False, True, False]
-    assert SIEVE in told["answer"]
-    assert (told["model"], told["error"]) == ("gpt-4o", None)
-    assert told["usage"]["input_tokens"] > 50
+    assert list(told) == [*names.split(), "queries", "context_tokens", "notes"]
+    assert (SIEVE in told["answer"], told["model"], told["error"]) == (True, "gpt-4o", None)
     assert set(told["seconds"]) == {"load", "index", "retrieve", "first_token", "generate"}
-    best = told["sources"][0]
-    assert (best["n"], best["source"], best["text"]) == (1, "sample", rag.SAMPLES[1])
-    assert (best["page"], 0.3 < best["score"] < 1) == (None, True)
     assert len(llm.chat_requests) == 3  # none was asked twice
 
 
-def test_the_llm_is_the_one_with_a_key_then_ollama_then_the_embedded_one(ask, request, monkeypatch):
+def test_the_llm_is_the_one_with_a_key_then_ollama_then_none(ask, request, monkeypatch):
     done = ask("--expand", "2", QUESTION)
     assert re.search(rf'^Answer: .*"[^"]*{SIEVE}[^"]*" \[1\]$', done.out, re.M)
-    assert re.search("an embedded LLM quotes(.|\n)*can't rewrite", done.err)
+    assert re.search("the best sentences are quoted(.|\n)*without an LLM", done.err)
     ollama = request.getfixturevalue("ollama")
     assert SIEVE in ask(QUESTION).out
     assert ollama.chat_requests[0].json["reasoning_effort"] == "none"
@@ -371,13 +328,12 @@ def test_the_llm_is_the_one_with_a_key_then_ollama_then_the_embedded_one(ask, re
 def test_a_reply_that_breaks_off_is_kept_and_exit_1(llm, ask, fault):
     llm.fail(**fault)
     done = ask("--json", QUESTION, QUESTION)
-    [first, second] = done.records
-    assert (done.code, first["answer"], bool(first["error"])) == (1, "Error E47 means", True)
-    assert (SIEVE in second["answer"], second["error"]) == (True, None)
+    assert [bool(record["error"]) for record in done.records] == [True, False]
+    assert (done.code, done.records[0]["answer"]) == (1, "Error E47 means")
     llm.fail(**fault)
     done = ask("--llm", "claude", QUESTION)
     assert (done.code, done.err.count("\n")) == (1, 2)
-    assert "Answer: Error E47 means\n" in done.out
+    assert done.out.endswith("\nAnswer: Error E47 means\n")
 
 
 @pytest.mark.parametrize(
@@ -389,7 +345,6 @@ def test_a_reply_that_breaks_off_is_kept_and_exit_1(llm, ask, fault):
         ("--retrieve-only --chroma-url cloud x", "CHROMA_API_KEY"),
         ("--chroma-url http://x --index y x", "not allowed with"),
         ("--retrieve-only --chunker fixed --chunk-tokens 16 x", "--chunk-overlap"),
-        ("--llm embedded --gguf /no x", "/no"),
         ("--host 0.0.0.0", "RAG_API_KEY"),
         ("--retrieve-only --embed-model /no x", "/no"),
         ("--retrieve-only --reranker cross-encoder --rerank-model /no x", "/no"),

@@ -3,13 +3,11 @@
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
 import contextlib
-import io
 import itertools
 import json
 import re
 import signal
 import socket
-import statistics
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from nursery import Nursery, wait_for
 from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 import rag_hybrid_fastapi as rag
 
@@ -43,8 +41,6 @@ def slow(texts, args, query=False):
     if not query:
         print("embedding", len(texts), file=sys.stderr, flush=True)
         time.sleep(0.05 * len(texts))
-    while "endless" in texts[0]:
-        torch.ones(9) @ torch.ones(9)
     return embed(texts, args, query)
 embed, rag.embed, rag.EMBED_BATCH = rag.embed, slow, 4
 """
@@ -60,7 +56,7 @@ def check_error(response):
     if response.status_code >= 400:
         text = response.read().decode()
         assert not re.search(f"Traceback|/tmp|{ROOT}|sk-fake|secret-key|127.0.0.1", text), text
-        assert text == "Invalid host header" or json.loads(text)["detail"]
+        assert text in ("Invalid host header", "Service Unavailable") or json.loads(text)["detail"]
 
 
 def browse(url):
@@ -132,27 +128,25 @@ def add(client, name, content):
 
 
 def listed(client):
-    return {d["source"]: d for d in client.get("/documents").json()["documents"]}
+    return {document["source"]: document for document in client.get("/documents").json()}
 
 
 def remove(client, source):
     return client.delete(f"/documents/{quote(source, safe='')}")
 
 
-def test_a_question_is_answered_with_sources_and_a_trace_of_each_stage(http):
+def test_a_question_is_answered_with_sources_and_what_each_stage_made_of_them(http):
     found = ask(http, "What does error E47 mean?", top_k=2)
     assert "inlet sieve is blocked" in found["answer"]
-    assert found["usage"]["input_tokens"] > 100
-    best, trace = found["sources"][0], found["trace"]
+    assert found["usage"]["input_tokens"] > found["context_tokens"] > 100
+    best = found["sources"][0]
     assert (best["n"], best["page"], best["heading"]) == (1, None, "Pump HX-220")
     assert best["source"].endswith("notes/sub/50% off?.md")
     assert best["text"] == rag.SAMPLES[1][best["start"] : best["end"]]
-    assert 0.3 < best["score"] == best["scores"]["cosine"] < 1
-    assert set(best["ranks"]) == {"dense", "bm25", "fused", "final"}
-    assert trace["candidates"][:2] == found["sources"]
-    assert trace["candidates"][2]["left_out"] == "beyond the best 2"
-    stages = {"embed", "dense", "bm25", "fuse", "rerank", "first_token", "generate"}
-    assert set(trace["seconds"]) == stages
+    assert (0.3 < best["score"] < 1, set(best["ranks"])) == (True, {"dense", "bm25", "fused"})
+    assert found["candidates"][:2] == found["sources"]
+    assert found["candidates"][2]["left_out"] == "beyond the best 2"
+    assert set(found["seconds"]) == {"retrieve", "first_token", "generate"}
 
 
 def test_a_stream_brings_the_sources_then_each_token_and_then_the_whole(http, llm):
@@ -161,39 +155,35 @@ def test_a_stream_brings_the_sources_then_each_token_and_then_the_whole(http, ll
         for line in response.iter_lines():
             came.setdefault(line.partition("event: ")[2], time.monotonic())
     assert came["done"] - came["token"] > 0.3  # they came as they were made
-    names, data = stream(http)
+    names, [first, *tokens, done] = stream(http)
     assert list(dict.fromkeys(names)) == ["sources", "token", "done"]
-    assert "".join(token["text"] for token in data[1:-1]) == data[-1]["answer"]
-    whole = data[0] | data[-1] | {"html": None, "trace": 0}
-    assert ask(http, **MILLER) | {"trace": 0} == whole
+    assert {tuple(token) for token in tokens} == {("text",)}
+    assert "".join(token["text"] for token in tokens) == done["answer"]
+    assert (first["answer"], first["sources"], done["html"]) == (None, done["sources"], None)
+    assert ask(http, **MILLER) | {"seconds": 0} == done | {"seconds": 0}
 
 
 HOSTILE = """
 <script>fetch('/documents')</script><img src=x onerror=alert(1)> <style>*{display:none}</style>
 ![track](http://evil.example/x.png) [click](javascript:alert(1)) [good](https://example.org)
 
-| <b onmouseover=alert(1)>1</b> | 2 |
-|---|---|
+| <b onmouseover=alert(1)>1</b> |
+|---|
 
-1. <a href="jav&#x09;ascript:alert(1)" style="position:fixed">x</a> <svg/onload=alert(1)> `</code>`
+1. <a href="jav&#x09;ascript:alert(1)" style="position:fixed">x</a> <svg/onload=alert(1)>
 """
-TAGS = {"p", "a", "code", "ol", "li", "table", "thead", "tbody", "tr", "th", "td"}
 
 
 def test_a_hostile_answer_comes_as_harmless_html_with_its_tables_and_lists(http, llm):
-    llm.reply, llm.token_delay = HOSTILE, 0.02
-    told = [data["html"] for data in stream(http, html=True)[1] if data.get("html")]
-    assert len(told) > 2
-    for html in told:
-        tags = BeautifulSoup(html, "html.parser").find_all(True)
-        assert {tag.name for tag in tags} <= TAGS
-        assert {name for tag in tags for name in tag.attrs} <= {"href", "rel"}
-        # The image is a link, and loads nothing by itself.
-        links = {tag["href"] for tag in tags if tag.get("href")}
-        assert links <= {"https://example.org", "http://evil.example/x.png"}
-    assert {"th", "li"} <= {tag.name for tag in tags}
-    assert "noopener" in html
-    assert "&lt;script" in html  # shown, as text
+    llm.reply = HOSTILE
+    html = stream(http, html=True)[1][-1]["html"]
+    tags = BeautifulSoup(html, "html.parser").find_all(True)
+    assert {tag.name for tag in tags} == {"p", "a", "ol", "li", "table", "thead", "tr", "th"}
+    assert {name for tag in tags for name in tag.attrs} == {"href", "rel"}
+    # The image is a link, and loads nothing by itself.
+    links = {tag["href"] for tag in tags if tag.get("href")}
+    assert links <= {"https://example.org", "http://evil.example/x.png"}
+    assert ("noopener" in html, "&lt;script" in html) == (True, True)  # shown, as text
 
 
 def test_a_follow_up_is_rewritten_for_the_search_and_answered_with_its_history(http, llm):
@@ -202,35 +192,31 @@ def test_a_follow_up_is_rewritten_for_the_search_and_answered_with_its_history(h
     rewritten = "Who was the miller before Sunniva Aas?"
     llm.fail(containing=rag.REWRITE_PROMPT, reply=rewritten)
     found = ask(http, "And before her?", history=history)
-    assert "Torbern" in found["answer"]
-    assert (found["trace"]["queries"], found["trace"]["rewritten"]) == ([rewritten], True)
+    assert ("Torbern" in found["answer"], found["queries"]) == (True, [rewritten])
     rewriting, asking = [request.json["messages"] for request in llm.chat_requests]
     assert rewriting[1:] == [*history, {"role": "user", "content": "And before her?"}]
     assert asking[1:3] == history
     assert asking[3]["content"].endswith(f"Question: {rewritten}")
 
 
-def test_a_greeting_is_not_searched_for_and_passages_alone_ask_no_llm(http, llm):
-    llm.reply = "Hello! Ask me about [1] and [9]."
+def test_a_greeting_and_a_search_without_an_answer_ask_no_llm(http, llm):
     found = ask(http, "Thanks a lot")
-    assert found["answer"] == "Hello! Ask me about [1?] and [9?]."
-    assert found["unknown_citations"] == [1, 9]
-    assert (found["sources"], found["trace"]["retrieved"]) == ([], False)
-    llm.requests.clear()
+    assert found["answer"].startswith("Hello.")
+    assert found["sources"] == found["queries"] == found["candidates"] == []
     found = ask(http, **ALONE, history=[{"role": "user", "content": "Hello"}], html=True)
     assert (found["answer"], found["usage"], found["html"]) == (None, None, "")
     assert "Sunniva" in found["sources"][0]["text"]
     assert (stream(http, generate=False)[0], llm.requests) == (["sources", "done"], [])
 
 
-DOCUMENTS = [
-    ("trains.html", "How many sleeping cars has the night train?", "7 sleeping cars", None),
-    ("comet.pdf", "Which colour had the comet's tail?", "copper", 2),
-    ("orchard.docx", "How many plum trees has the orchard?", "212 plum trees", None),
-]
-
-
-@pytest.mark.parametrize(("name", "query", "said", "page"), DOCUMENTS)
+@pytest.mark.parametrize(
+    ("name", "query", "said", "page"),
+    [
+        ("trains.html", "How many sleeping cars has the night train?", "7 sleeping cars", None),
+        ("comet.pdf", "Which colour had the comet's tail?", "copper", 2),
+        ("orchard.docx", "How many baskets of Mirabelle are there?", "330 baskets", None),
+    ],
+)
 def test_a_document_answers_while_it_is_there(http, samples, name, query, said, page):
     count = page or 1
     for added in (count, 0):
@@ -246,32 +232,26 @@ def test_a_document_answers_while_it_is_there(http, samples, name, query, said, 
     assert remove(http, name).status_code == 404
 
 
-def test_a_document_of_the_same_name_is_replaced(http):
-    for colour, counts in (("green", (1, 0)), ("scarlet", (1, 1))):
-        added = add(http, "boat.md", f"The boat Heron is {colour}.").json()
-        assert (added["added"], added["removed"]) == counts
-        assert f"is {colour}" in ask(http, "Which colour has the boat Heron?")["answer"]
-    remove(http, "boat.md")
-
-
 UPLOAD = (
     b'--x\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\n'
     b"The hostile text.\r\n--x--\r\n"
 )
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 KEPT = {
-    "../..\\\\etc/x.txt": "x.txt",
+    "../..\\\\etc/x": "x",
     "\x00/\u2028x\x1b[2J\u202e.txt": "x[2J.txt",
     "..%2f<img src=x>' OR 1=1.txt": "..%2f<img src=x>' OR 1=1.txt",
     "n" * 296 + ".txt": "n" * 196 + ".txt",
     "\ud800x.txt": "\xed\xa0x.txt",
+    "rag/chroma.sqlite3": "chroma.sqlite3",
+    "x.txt\x00.exe": "x.txt.exe",
 }
-REFUSED = ("..", "/etc/passwd", "x\r\n.txt", "", ".txt", "x.txt\x00.exe", "rag/chroma.sqlite3")
+REFUSED = ("..", "a/.", "x\r\n.txt", "", "/", "\x00")
 
 
 @pytest.mark.parametrize("name", [*KEPT, *REFUSED], ids=ascii)
 def test_a_hostile_file_name_is_never_a_path_and_can_be_listed_and_removed(http, home, name):
-    before, files = listed(http), {*home.iterdir(), *home.rglob("*x.txt")}
+    before, files = listed(http), {*home.iterdir(), *home.rglob("*x*")}
     content = UPLOAD % name.encode(errors="surrogatepass")
     response = http.post("/documents", content=content, headers=MULTIPART)
     assert response.status_code in ((201,) if name in KEPT else (400, 415, 422)), response.text
@@ -279,18 +259,17 @@ def test_a_hostile_file_name_is_never_a_path_and_can_be_listed_and_removed(http,
         assert listed(http).keys() - before == {KEPT[name]} == {response.json()["source"]}
         assert remove(http, KEPT[name]).status_code == 200
     assert listed(http) == before
-    assert {*home.iterdir(), *home.rglob("*x.txt")} == files
+    assert {*home.iterdir(), *home.rglob("*x*")} == files
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(http, tmp_path):
-    bomb, before = io.BytesIO(), listed(http)
+    bomb, before = tmp_path / "x.docx", listed(http)
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("word/document.xml", b" " * 201_000_000)
+        archive.writestr("word/document.xml", b" " * 101_000_000)
     for name, content, reason in (
-        ("x.exe", b"MZ", "none of .txt"),
+        ("x.exe", b"MZ\x00", "no text"),
         ("x.pdf", b"%PDF-1.7 broken", "can't be read"),
-        ("x.docx", bomb.getvalue(), "more than memory may hold"),
-        ("x.txt", b"a\x00b", "no text"),
+        ("x.docx", bomb.read_bytes(), "more than memory may hold"),
         ("x.html", b"<div>" * 50_000, "can't be read"),
         ("x.pdf", write_pdf(tmp_path / "scan.pdf", "").read_bytes(), "OCR"),
     ):
@@ -309,12 +288,9 @@ def test_what_is_too_long_is_refused_whether_it_says_so_or_not(http, path):
         assert f"{size:,} bytes" in response.json()["detail"]
 
 
-BROKEN = [
-    *(b"", b'{"query": "x', b"\xff\xfe", b'{"query": "\xed\xa0\x80"}', b'{"query": " "}'),
-    *(b'{"query": "x", "top_k": NaN}', b'{"query": "x", "top_k": 1e999}'),
-    b'{"query": "x", "history": [{"role": "user", "content": "\\n"}]}',  # Claude refuses it
-    b'{"query": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-]
+BROKEN = [b"", b'{"query": "x', b"\xff\xfe", b'{"query": "\xed\xa0\x80"}', b'{"query": " "}']
+BROKEN += [b'{"query": "x", "top_k": NaN}', b'{"query": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"]
+BROKEN += [b'{"query": "x", "history": [{"role": "user", "content": "\\n"}]}']  # Claude refuses it
 
 
 def test_a_broken_body_is_the_clients_fault_and_an_odd_question_is_answered(http):
@@ -326,7 +302,7 @@ def test_a_broken_body_is_the_clients_fault_and_an_odd_question_is_answered(http
         ask(http, query, html=True)
     history = [{"role": role, "content": "rye " * 1_500} for role in ("user", "assistant") * 20]
     found = ask(http, "pump " * 799, history=history, top_k=20)
-    assert "were left out" in found["trace"]["notes"][0]
+    assert "were left out" in found["notes"][0]
 
 
 ROUTES = [("POST", "/chat"), ("OPTIONS", "/chat"), ("DELETE", "/documents/none")]
@@ -395,51 +371,48 @@ def test_fifty_clients_of_a_slow_llm_are_all_answered_and_healthz_answers_meanwh
             time.sleep(0.02)
     assert all("Sunniva" in response.text for response in asking.result())
     assert sum("event: done" in response.text for response in asking.result()) == 25
-    assert llm.most_simultaneous_chats == rag.ANSWERS
-    assert len(took) > 30
-    assert statistics.mean(took) < 0.05
+    assert (len(took) > 20, sum(took) / len(took) < 0.05) == (True, True)
 
 
-def leave(url, n, query="Who is the miller?"):
-    """Send a question from a client that does not stay: its socket."""
+def connect(url, body=None):
+    """A client that does not stay: its socket, with a question sent."""
     client = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
-    text = json.dumps({"query": query, "stream": n % 2 == 0})
-    head = "POST /chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode())
+    if body:
+        text = json.dumps(body)
+        head = "POST /chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode())
     return client
 
 
-def test_a_full_queue_says_so_and_clients_that_leave_give_their_places_back(http, url, llm):
+def test_too_many_clients_are_told_so_and_those_that_leave_end_their_answers(http, url, llm):
     llm.reply, llm.token_delay = " ".join(f"word{n}" for n in range(200)), 0.3
     with contextlib.ExitStack() as clients:
-        for n in range(rag.ANSWERS):
-            clients.enter_context(leave(url, n, "first"))
-        wait_for(lambda: llm._chats == rag.ANSWERS)
-        with contextlib.ExitStack() as waiting:
-            for n in itertools.count():
-                waiting.enter_context(leave(url, n, "left"))
-                # Passages alone do not wait for the LLM.
-                if http.post("/chat", json=ALONE).headers.get("Retry-After") == "5":
-                    break
+        for n in range(20):
+            clients.enter_context(connect(url, (MILLER, STREAM)[n % 2]))
+        wait_for(lambda: llm._chats == 20)
+        assert http.get("/healthz").status_code == 200
+        for _ in range(rag.MOST_CLIENTS - 20):
+            clients.enter_context(connect(url))
+        wait_for(lambda: http.get("/healthz").status_code == 503)
         time.sleep(0.5)
-        assert [chat.finished for chat in llm.chat_requests] == [None] * rag.ANSWERS
+        assert [chat.finished for chat in llm.chat_requests] == [None] * 20
     wait_for(lambda: llm._chats == 0, 4)  # of 60 seconds
+    assert http.get("/healthz").status_code == 200
     llm.reply, llm.token_delay = extractive_reply, 0
-    for n in range(rag.ANSWERS + rag.WAITING):
-        with leave(url, n):
+    for n in range(20):  # these leave at every stage of an answer
+        with connect(url, (MILLER, STREAM)[n % 2]):
             time.sleep(n % 5 * 0.005)
-    assert all("Sunniva" in response.text for response in ask_all(url, rag.ANSWERS))
-    assert not [chat for chat in llm.chat_requests if "Question: left" in chat.text]
+    assert all("Sunniva" in response.text for response in ask_all(url, 10))
 
 
+INSIDE = "it failed ({}): the server's log says why"
 FAULTS = [
-    ({"drop": True}, "can't be reached"),
-    ({"status": 401, "message": "Incorrect API key: sk-fake-openai"}, "HTTP 401"),
-    ({"body": "<html>a web page</html>"}, "ended before"),
-    ({"cut_after": 3}, "broke off"),
-    ({"error_after": 3}, "broke off"),
-    ({"reply": " \n"}, "no text"),
-    ({"null_content": True}, "no text"),
+    ({"drop": True}, INSIDE.format("APIConnectionError")),
+    ({"status": 401, "message": "Incorrect: sk-fake-openai"}, INSIDE.format("AuthenticationError")),
+    ({"body": "<html>a web page</html>"}, "the stream ended before the answer did"),
+    ({"cut_after": 3}, INSIDE.format("APIConnectionError")),
+    ({"error_after": 3}, INSIDE.format("APIError")),
+    *((fault, "the LLM returned no text") for fault in ({"reply": " \n"}, {"null_content": True})),
 ]
 
 
@@ -447,10 +420,10 @@ FAULTS = [
 def test_an_llm_that_is_down_or_fails_is_an_error_after_the_sources(http, llm, fault, said):
     llm.fail(times=None, **fault)
     response = http.post("/chat", json=MILLER)
-    assert (response.status_code, said in response.json()["detail"]) == (502, True), response.text
+    assert (response.status_code, response.json()) == (502, {"detail": said})
     names, data = stream(http)
     assert (names[0], names[-1], "done" in names) == ("sources", "error", False)
-    assert ("Sunniva" in str(data[0]["sources"]), data[-1]) == (True, response.json())
+    assert ("Sunniva" in str(data[0]["sources"]), data[-1]) == (True, {"detail": said})
 
 
 def test_a_failure_inside_is_told_to_the_log_only(url):
@@ -458,8 +431,7 @@ def test_a_failure_inside_is_told_to_the_log_only(url):
     added = add(client, "x.txt", "unembeddable")
     asked = client.post("/chat", json={"query": "unembeddable"})
     assert (added.status_code, asked.status_code) == (500, 502)
-    told = {"detail": "it failed: the server's log says why"}
-    assert added.json() == asked.json() == told
+    assert added.json() == asked.json() == {"detail": INSIDE.format("ValueError")}
 
 
 def test_sigterm_finishes_the_running_answers(start, llm, http):
@@ -473,30 +445,21 @@ def test_sigterm_finishes_the_running_answers(start, llm, http):
     assert all(f'"{llm.reply}"' in response.text for response in asking.result())
 
 
-def test_while_it_indexes_all_is_503_and_after_ctrl_c_the_next_start_goes_on(start, tmp_path):
+def test_ctrl_c_ends_a_start_and_the_next_goes_on_while_requests_wait(start, tmp_path):
     for n in range(80):
         (tmp_path / f"{n}.md").write_text(f"The part {n} is of brass.")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     args = ("--docs", tmp_path, "--index", tmp_path / "rag", "--port", port)
-    first = start(*args)
-    wait_for(lambda: "embedding" in first.log)
-    with browse(f"http://127.0.0.1:{port}") as client:
-        assert client.get("/healthz").status_code == 200
-        asked = [client.get("/readyz"), client.get("/documents"), client.post("/chat", json=MILLER)]
-        for response in [*asked, add(client, "x.txt", "x"), remove(client, "x")]:
-            assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
-    assert first.end(signal.SIGINT) == 130
-    second = start(*args)
-    assert len(listed(browse(second.url()))) == 80
-    assert sum(map(int, re.findall(r"embedding (\d+)", first.log + second.log))) == 80
-
-
-def test_ctrl_c_ends_a_start_that_cannot_be_stopped(start, tmp_path):
-    (tmp_path / "a.md").write_text("endless")
-    server = start("--docs", tmp_path)
+    for question in ([], ["Of what is part 7?"]):
+        run = start(*args, *question)
+        wait_for(lambda run=run: run.log.count("embedding") == 5)
+        assert (run.end(signal.SIGINT), "index: " in run.log) == (130, False)
+    server = start(*args)
     wait_for(lambda: "embedding" in server.log)
-    assert server.end(signal.SIGINT) == 130
+    with browse(f"http://127.0.0.1:{port}") as client:
+        assert len(listed(client)) == 80  # sent before it was ready
+    assert server.log.count("embedding 4") <= 12
 
 
 PARTS = {v: [f"# {n}\n\nledger {v}{' rye' * 200}" for n in range(8)] for v in ("old", "new")}
@@ -508,7 +471,7 @@ def test_after_a_kill_whole_chunks_are_served_and_the_next_upload_heals(start, t
         return add(client, "ledger.md", "\n\n".join(PARTS[version]))
 
     def held(client):
-        found = ask(client, "ledger", top_k=20, generate=False)["trace"]["candidates"]
+        found = ask(client, "ledger", top_k=20, generate=False)["candidates"]
         assert all({"dense", "bm25"} <= set(hit["ranks"]) for hit in found)
         return {hit["text"] for hit in found}
 
@@ -521,7 +484,7 @@ def test_after_a_kill_whole_chunks_are_served_and_the_next_upload_heals(start, t
         assert isinstance(sending.exception(), httpx2.TransportError)
     with browse(start("--index", tmp_path / "rag").url()) as client:
         assert {*PARTS["old"]} < held(client) < {*PARTS["old"], *PARTS["new"]}
-        upload(client, then)
+        assert upload(client, then).json()["removed"] >= 4
         assert held(client) == {*PARTS[then]}
 
 
@@ -535,9 +498,9 @@ def test_whatever_its_schema_admits_or_forbids_is_answered_as_the_schema_says(ht
         @settings(max_examples=15, database=None, deadline=None, suppress_health_check=HealthCheck)
         @given(case=operation.ok().as_strategy(generation_mode=mode))
         def check(case):
-            # That the name of a file must have a known kind, no schema can say.
-            unsaid = [positive_data_acceptance] if case.path == "/documents" else []
-            case.call_and_validate(excluded_checks=unsaid)
+            # That a file must have text, and that a number in it is one, no schema can say.
+            unsaid = [positive_data_acceptance, negative_data_rejection]
+            case.call_and_validate(excluded_checks=unsaid if case.path == "/documents" else [])
 
         with contextlib.suppress(Unsatisfiable):  # what takes nothing can't be given what is wrong
             check()

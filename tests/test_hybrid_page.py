@@ -15,8 +15,8 @@ pytestmark = needs_chromium
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 NOTES = {
-    "mill.md": "# Wheel\n\nThe wheel of the Halden mill has 32 oak paddles.\n\n"
-    "# Miller\n\nThe miller of Halden is Sunniva Aas.\n",
+    "mill.md": "# Wheel\n\nThe wheel of the Halden mill has 32 oak paddles.\n",
+    "miller.md": "# Miller\n\nThe miller of Halden is Sunniva Aas.\n",
     "hostile.md": f"# Evil {HOSTILE}\n\nThe hostile fox says {HOSTILE} at noon.\n",
 }
 WHEEL = "How many paddles has the wheel?"
@@ -31,7 +31,7 @@ def fake():
 
 @pytest.fixture(scope="module")
 def url(fake, tmp_path_factory):
-    """The address of a server with two documents."""
+    """The address of a server with three documents."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "notes").mkdir()
     for name, text in NOTES.items():
@@ -169,7 +169,7 @@ def test_a_dropped_file_is_added_asked_and_removed(page, width):
         window.dispatchEvent(event);
     }"""
     page.evaluate(drop, name)
-    expect(page.locator("#doc-status")).to_contain_text(f"Added {name}", timeout=20_000)
+    expect(page.locator("#doc-status")).to_contain_text(f"Added {name}: 1 ", timeout=20_000)
     page.click("#docs-close")
     expect(ask(page, "When does the ferry leave Tornby?").locator(".text")).to_contain_text("9:40")
     page.click("#open-docs")
@@ -215,7 +215,7 @@ def test_stop_keeps_what_came(page, fake):
 
 def test_an_llm_that_fails_is_told_and_the_next_question_works(page, fake):
     fake.fail(status=400)
-    expect(ask(page, WHEEL).locator(".error")).to_contain_text("HTTP 400")
+    expect(ask(page, WHEEL).locator(".error")).to_contain_text("it failed (BadRequestError)")
     fake.recover()
     expect(ask(page, WHEEL).locator(".text")).to_contain_text("32")
 

@@ -1,6 +1,5 @@
 """Our hybrid retrieval: the stages of rag_hybrid_fastapi.py, in whose environment this runs."""
 
-import threading
 from typing import Any
 
 import rag_hybrid_fastapi as rag
@@ -9,7 +8,6 @@ import rag_hybrid_fastapi as rag
 def load(model: str) -> Any:
     """Load the embedder: by its name, which the script finds in the same package."""
     args = rag.PARSER.parse_args(["--retrieve-only"])
-    args.stopped = threading.Event()
     rag.load_models(args)
     return args
 
@@ -24,4 +22,4 @@ def index(embedder: Any, corpus: dict[str, str]) -> Any:
 
 def query(index: Any, question: str, k: int) -> list[str]:
     """Ids of the k best paragraphs, the best first."""
-    return [hit["source"] for hit in rag.retrieve([question], index, {})][:k]
+    return [hit["source"] for hit in rag.retrieve([question], index)][:k]
