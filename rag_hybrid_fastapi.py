@@ -271,7 +271,7 @@ class Store:
 
     def __init__(self, args: Namespace) -> None:
         """Open or create the store. Raises ValueError or sqlite3.Error where it is not ours."""
-        self.args, self.lock = args, threading.Lock()
+        self.args, self.lock, self.seconds = args, threading.Lock(), {}
         words = ""  # a temporary database
         if args.index:
             words = args.index / "words.db"
@@ -350,6 +350,8 @@ class Store:
 
     def get(self, ids: list[int]) -> list[Chunk]:
         """Return chunks with their embeddings in the order of `ids`, without deleted ones."""
+        if not ids:  # which Chroma refuses
+            return []
         fields = ["ids", "documents", "metadatas", "embeddings"]
         found = self.collection.get([str(key) for key in ids], include=fields[1:])
         chunks = {}
@@ -755,6 +757,7 @@ async def answer(
 
 def public(error: Exception) -> str:
     """Say to a stranger why an answer failed: no address, no path, no key."""
+    say(f"error: {error!r}")
     ours = type(error) is RuntimeError
     return str(error) if ours else f"it failed ({type(error).__name__}): the server's log says why"
 
@@ -764,20 +767,20 @@ def public(error: Exception) -> str:
 MAX_UPLOAD, MAX_BODY = 20_000_000, 500_000  # bytes of a file, and of any other request
 MOST_CLIENTS = 100  # at once; who comes then is answered with 503
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-app = FastAPIOffline(title="RAG", redoc_url=None)
+app = FastAPIOffline(title="RAG", redoc_url=None, responses={"4XX": {}, "5XX": {}})
 
 
 class Message(BaseModel):
     """A turn of the chat so far."""
 
     role: Literal["user", "assistant"]
-    content: str = Field(min_length=1, max_length=20_000, pattern=r"\S")
+    content: str = Field(min_length=1, max_length=20_000, pattern=r"[^\s\x85]")
 
 
 class Question(BaseModel):
     """A question to the documents."""
 
-    query: str = Field(min_length=1, max_length=4_000, pattern=r"\S")
+    query: str = Field(min_length=1, max_length=4_000, pattern=r"[^\s\x85]")
     history: list[Message] = Field(default=[], max_length=40)
     top_k: int | None = Field(default=None, ge=1, le=POOL)
     generate: bool = Field(default=True, description="false: sources only, no LLM is asked")
@@ -832,7 +835,6 @@ async def explain_invalid(_: Any, error: RequestValidationError) -> JSONResponse
 @app.exception_handler(Exception)
 async def explain_failure(_: Any, error: Exception) -> JSONResponse:
     """Tell the log everything, and the caller nothing of the inside."""
-    say(f"error: {error!r}")
     return JSONResponse({"detail": public(error)}, 500)
 
 
@@ -878,11 +880,10 @@ async def run_events(body: Question) -> AsyncGenerator[tuple[str, dict[str, Any]
             record.html = nh3.clean(MARKDOWN.render(record.answer or ""))
         yield "done", record.model_dump()
     except Exception as error:
-        say(f"error: {error!r}")
         yield "error", {"detail": public(error)}
 
 
-@app.post("/chat", response_model=Answer)
+@app.post("/chat", response_model=Answer, responses={200: {"content": {"text/event-stream": {}}}})
 async def chat(body: Question, request: Request) -> Any:
     """Answer a question from the documents.
 
@@ -893,11 +894,12 @@ async def chat(body: Question, request: Request) -> Any:
         lines = (format_sse_event(event=e, data_str=json.dumps(data)) async for e, data in events)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+    gone = asyncio.ensure_future(request.receive())  # is_disconnected() never is, behind `guard`
     found = {}
     async for name, found in events:
         if name == "error":
             raise HTTPException(502, found["detail"])
-        if await request.is_disconnected():
+        if gone.done():
             return Response(status_code=499)  # nobody reads it
     return found
 
@@ -918,6 +920,8 @@ async def add_document(file: UploadFile) -> Change:
     name = re.split(r"[/\\]", file.filename or "")[-1]  # only ever a name: no path is made of it
     name = re.sub(CONTROL, "", name)[-200:].strip()
     content = await file.read()
+    if not name.strip("."):  # no URL can name it
+        raise HTTPException(422, "the file needs a name")
     try:
         pages = await asyncio.to_thread(read_pages, name, content)
     except Exception as error:
@@ -1001,10 +1005,12 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
 
 def open_store(args: Namespace) -> Store:
     """Load the models, and open the store with what --docs holds, or with the samples."""
+    start = time.perf_counter()
     documents = load_documents(args.docs) if args.docs else {}
     if not args.retrieve_only:
         connect(args)
     load_models(args)
+    loaded = time.perf_counter()
     store = Store(args)
     if not args.docs and not args.index and not args.chroma_url:
         documents = {"sample": SAMPLES}
@@ -1012,6 +1018,7 @@ def open_store(args: Namespace) -> Store:
         store.update(documents)
     elif args.question and not store.size:
         raise ValueError("the index is empty: name the --docs")
+    store.seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
     say(f"index: {store.size} chunks")
     return store
 
@@ -1026,14 +1033,12 @@ def describe(record: Answer, args: Namespace) -> str:
     return "\n".join([*lines, "" if args.retrieve_only else "Answer: "])
 
 
-async def answer_all(args: Namespace) -> int:
+async def answer_all(store: Store) -> int:
     """Answer the questions of the command line. Returns the exit code."""
-    start, code = time.perf_counter(), 0
-    store = open_store(args)
-    opened = {"load": 0.0, "index": time.perf_counter() - start}
+    args, code = store.args, 0
     for question in args.question:
         record = Answer(question=question, model=args.model, embed_model=args.embed_model)
-        record.seconds |= opened
+        record.seconds |= store.seconds
         try:
             async for piece in answer(record, [], store, args.top_k, not args.retrieve_only):
                 if not args.json:
@@ -1068,7 +1073,7 @@ def main(argv: list[str] | None = None) -> int:
             PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
     code = 0
     try:
-        code = asyncio.run(answer_all(args)) if args.question else serve(args)
+        code = asyncio.run(answer_all(open_store(args))) if args.question else serve(args)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of stdout, such as head, has closed it
@@ -1317,9 +1322,7 @@ function askForKey(problem) {
 async function json(response) {
   const body = await response.json().catch(() => null);
   if (response.ok) return body;
-  const detail = body?.detail ?? `The server answered with status ${response.status}.`;
-  const wait = response.headers.get("Retry-After");
-  throw new Error(wait ? `${detail} Try again in ${wait} s.` : detail);
+  throw new Error(body?.detail ?? `The server answered with status ${response.status}.`);
 }
 
 // Server-sent events, which a blank line ends. Network chunks end anywhere, so the last, perhaps
@@ -1551,6 +1554,7 @@ async function listDocuments() {
 async function change(path, options, describe) {
   try {
     say(describe(await json(await api(path, options))));
+    await listDocuments();
     checkReady();
   } catch (error) {
     say(error.message, "error");
@@ -1569,8 +1573,8 @@ async function addFiles(files) {
     say(`Adding ${file.name} ...`);
     const body = new FormData();
     body.append("file", file);
-    await change("/documents", { method: "POST", body }, ({ source, chunks, added }) =>
-      `Added ${source}: ${count(chunks, "chunk")}, ${added} new.`);
+    await change("/documents", { method: "POST", body }, ({ source, added }) =>
+      `Added ${source}: ${count(added, "new chunk")}.`);
   }
 }
 
