@@ -8,7 +8,8 @@
     uv run benchmarks/all.py --data FOLDER --only retrieval  # one part
 
 FOLDER has corpus.jsonl {id, text} and queries.jsonl {question, relevant_ids}; without it each
-benchmark makes a small set. A table stands between `<!-- name -->` and `<!-- /name -->`.
+benchmark makes a small set. Of several, retrieval.py takes all, the others the first. A table
+stands between `<!-- name -->` and `<!-- /name -->`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,9 +48,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def peers(data: list[object]) -> str:
+def peers(data: list[Path]) -> str:
     """Our retrieval beside the frameworks'."""
-    figures = json.loads(run("peers.py", "--from-nothing", "--json", *data))
+    given = ["--data", data[0]] if data else []
+    figures = json.loads(run("peers.py", "--from-nothing", "--json", *given))
     beside = ("ready s", "chunks/s", "CPU ms", "query ms", "memory MB")
     rows = []
     for row in figures["contenders"].values():
@@ -70,12 +73,13 @@ def peers(data: list[object]) -> str:
     )
 
 
-def overhead(data: list[object]) -> str:
+def overhead(data: list[Path]) -> str:
     """What the scripts add to the bare libraries."""
     parts = ("indexing", "question", "async", "streaming")
     only = [word for part in parts for word in ("--only", part)]
+    only += ["--data", str(data[0])] if data else []
     rows = []
-    for line in run("overhead.py", "--turns", 3, *only, *data).splitlines()[1:-1]:
+    for line in run("overhead.py", "--turns", 3, *only).splitlines()[1:-1]:
         what, (ours, floor, ratio, _, unit) = line[:52].strip(), line[52:].split()[:5]
         rows.append([what, f"{ours} {unit}", f"{floor} {unit}", f"{float(ratio):.2f}"])
     head = ["what", "script", "bare library", "ratio"]
@@ -83,20 +87,25 @@ def overhead(data: list[object]) -> str:
     return f"`overhead.py`, {date.today()}: {about}.\n\n{table(head, rows)}"
 
 
-def retrieval(data: list[object]) -> str:
-    """What each way of retrieving finds."""
-    figures = json.loads(run("retrieval.py", "--json", "--sample", 0, *data))
+def retrieval(data: list[Path]) -> str:
+    """What each way of retrieving finds, in each set and in the one that is made."""
+    sets = []
+    for folder in [*data, None]:
+        given = ["--data", folder] if folder else []
+        sets.append(json.loads(run("retrieval.py", "--json", "--sample", 0, *given)))
     rows = []
-    for method, means in figures["methods"].items():
-        milliseconds = figures["milliseconds"][method]["median"]
-        rows.append([method, *(f"{mean:.3f}" for mean in means.values()), f"{milliseconds:.0f}"])
-    head = ["", *next(iter(figures["methods"].values())), "ms"]
-    asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"
-    about = f"`retrieval.py`, {date.today()}: {asked}, with `rag_hybrid_fastapi.py`."
-    return f"{about}\n\n{table(head, rows)}"
+    for method in sets[0]["methods"]:
+        found = [figures["methods"][method]["nDCG@10"] for figures in sets]
+        taken = [figures["milliseconds"][method]["median"] for figures in sets]
+        rows.append(
+            [method, *(f"{value:.3f}" for value in [*found, fmean(found)]), f"{taken[0]:.0f}"]
+        )
+    names = [f"{figures['data']} ({figures['questions']:,} questions)" for figures in sets]
+    about = "nDCG@10 of `rag_hybrid_fastapi.py`, and its time for a question"
+    return f"`retrieval.py`, {date.today()}: {about}.\n\n{table(['', *names, 'mean', 'ms'], rows)}"
 
 
-def lines(_: list[object]) -> None:
+def lines(_: list[Path]) -> None:
     """Write the scripts' lengths into the last column of the table of scripts."""
 
     def count(match: re.Match[str]) -> str:
@@ -107,7 +116,7 @@ def lines(_: list[object]) -> None:
     README.write_text(re.sub(r"(?m)^(\| `(rag_\w+\.py)` .*\| )[\d,]+ \|$", count, text))
 
 
-PARTS: dict[str, Callable[[list[object]], Any]] = {
+PARTS: dict[str, Callable[[list[Path]], Any]] = {
     "lines": lines,
     "retrieval": retrieval,
     "overhead": overhead,
@@ -119,12 +128,12 @@ def main() -> int:
     """Run the parts, each of which is written as soon as it is measured."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--data", type=Path, metavar="FOLDER")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     for name in options.only:
         print(f"measuring: {name}", file=sys.stderr)
-        made = PARTS[name](["--data", options.data] if options.data else [])
+        made = PARTS[name](options.data)
         if made:
             text = README.read_text(encoding="utf-8")
             start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
