@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; a retrieved one also has n and score, its cosine
+Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -72,7 +72,7 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
+    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = []
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -93,7 +93,7 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # slow on whole documents
+            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 
@@ -128,17 +128,17 @@ def embed(texts: list[str], args: Namespace) -> np.ndarray:
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
     """Make `chunks` the index's content, embedding only new texts. Without chunks, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
-    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # else it is ours, or refused
+    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # else ours, or SELECT fails below
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
         db.execute(f"CREATE TABLE IF NOT EXISTS chunks ({columns})")
-    model, kept, vectors = args.embed_model, [], {}
+    model, kept, vectors = args.embed_model, [], {}  # vectors: float32 by text, bytes or arrays
     select = "SELECT text, source, page, vector FROM chunks WHERE model = ? ORDER BY rowid"
     for text, source, page, vector in db.execute(select, [model]):
         vectors[text] = vector
-        if source:  # else it was embedded by a run that has not ended
+        if source:  # else a run that was killed, or is not done, has embedded it
             kept.append({"text": text, "source": source, "page": page})
     if not chunks and not kept:
-        raise ValueError(f"{args.index} has nothing of {model}: name its --embed-model or --docs")
+        raise ValueError(f"no chunks of {model} in {args.index}: set --docs or its --embed-model")
     chunks = chunks or kept
     missing = [chunk["text"] for chunk in chunks if chunk["text"] not in vectors]
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
@@ -150,7 +150,7 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
     if chunks != kept:
         rows = [(*chunk.values(), model, vectors[chunk["text"]]) for chunk in chunks]
         with db:  # one transaction for all: other processes see the old content or the new
-            db.execute("DELETE FROM chunks")
+            db.execute("DELETE FROM chunks")  # those of other models too
             db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
     say(f"index: {len(chunks)} chunks, {len(missing)} of them new")
     return chunks, np.stack([np.frombuffer(vectors[chunk["text"]], np.float32) for chunk in chunks])
@@ -210,8 +210,8 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
     )
     choice, used = completion.choices[0], completion.usage
     if choice.finish_reason != "stop":
-        say(f"cut at {MAX_ANSWER_TOKENS} tokens or before ({choice.finish_reason}): {question}")
-    # A token is normally about four characters.
+        say(f"cut at {MAX_ANSWER_TOKENS} tokens or earlier ({choice.finish_reason}): {question}")
+    # A token is about four characters: with fewer than half of them, the prompt was cut.
     if used and used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
     usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_intermixed_args(argv)
     if args.top_k < 1:
         PARSER.error("--top-k must be 1 or more")
-    for path in args.docs or [args.index or "."]:
+    for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
         if not Path(path).exists():
             PARSER.error(f"{path} does not exist")
     for question in args.question:
@@ -371,5 +371,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - lines at once
     sys.exit(main())

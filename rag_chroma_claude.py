@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; a retrieved one also has n and score, its cosine
+Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -75,7 +75,7 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
+    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = []
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -96,7 +96,7 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # slow on whole documents
+            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_intermixed_args(argv)
     if args.top_k < 1:
         PARSER.error("--top-k must be 1 or more")
-    for path in args.docs or [args.index or "."]:
+    for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
         if not Path(path).exists():
             PARSER.error(f"{path} does not exist")
     for question in args.question:
@@ -344,5 +344,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - as on a terminal
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - lines at once
     sys.exit(main())

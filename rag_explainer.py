@@ -81,7 +81,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; a retrieved one also has n and score, its cosine
+Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -109,7 +109,7 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
+    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = []
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -130,7 +130,7 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # slow on whole documents
+            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 

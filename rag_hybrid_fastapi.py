@@ -26,8 +26,8 @@ Passages are found by meaning (Chroma) and by words (BM25 in SQLite); each answe
 what every stage did. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where
 ANTHROPIC_API_KEY is, else Ollama; where there is none, the best sentences are quoted. Needs 1.5 GB
 of memory, and at first 0.6 GB of packages (3.4 GB on Linux: the lines above say how to take less).
-On another address than this machine's own, RAG_API_KEY must be set, and clients send it. The
-smaller scripts show the loop without all this: read rag_chroma_claude.py first.
+On any address but this machine's own it needs RAG_API_KEY, which clients must send. The smaller
+scripts show the loop without all this: read rag_chroma_claude.py first.
 """
 
 import asyncio
@@ -84,7 +84,7 @@ def read_pages(name: str, content: bytes) -> list[str]:
     elif kind == ".docx":
         parts = zipfile.ZipFile(BytesIO(content)).infolist()
         if sum(part.file_size for part in parts) > MAX_UNPACKED:
-            raise ValueError("it unpacks to more than memory may hold")
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
         pages = [mammoth.convert_to_html(BytesIO(content)).value]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         pages = [UnicodeDammit(content, user_encodings=["utf-8", "cp1252"]).unicode_markup or ""]
@@ -94,12 +94,12 @@ def read_pages(name: str, content: bytes) -> list[str]:
     text = "".join(pages)
     if not text.strip() or "\0" in text:
         raise ValueError("there is no text in it (a scan needs OCR first)")
-    return [page.encode(errors="replace").decode() for page in pages]  # PDFs have lone surrogates
+    return [page.encode(errors="replace").decode() for page in pages]  # no lone surrogates of PDFs
 
 
 def load_documents(paths: list[str]) -> dict[str, list[str]]:
     """Read files and folders, without hidden files: pages by source. Reports what can't be read."""
-    logging.disable(logging.WARNING)  # those of pypdf and Beautiful Soup do not name the file
+    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = {}
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -117,7 +117,7 @@ def load_documents(paths: list[str]) -> dict[str, list[str]]:
 
 # --- chunk ---
 
-HEADING = re.compile(r"(?m)^#{1,6} +(\S.*?)[ #]*$|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
+HEADING = re.compile(r"(?m)^#{1,6} +(\S.*)|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
 
@@ -125,9 +125,8 @@ Chunk = dict[str, Any]  # text, source, page, heading, start and end (in charact
 def split_recursive(text: str, args: Namespace) -> list[tuple[int, str]]:
     """Keep sections whole if they fit, else paragraphs, else sentences, else words."""
     chunks = []
-    for start, part in args.by_characters.chunk_indices(text):
-        pieces = args.by_tokens.chunk_indices(part)  # slow on whole documents
-        chunks += [(start + offset, piece) for offset, piece in pieces]
+    for start, part in args.by_characters.chunk_indices(text):  # by_tokens alone would be slow
+        chunks += [(start + i, piece) for i, piece in args.by_tokens.chunk_indices(part)]
     return chunks
 
 
@@ -154,8 +153,7 @@ def split_semantic(text: str, args: Namespace) -> list[tuple[int, str]]:
     lowest = np.flatnonzero(similarity < np.percentile(similarity, 20))
     chunks = []
     for start, end in pairwise([0, *(sentences[i + 1][0] for i in lowest), len(text)]):
-        group = split_recursive(text[start:end], args)
-        chunks += [(start + offset, chunk) for offset, chunk in group]
+        chunks += [(start + i, chunk) for i, chunk in split_recursive(text[start:end], args)]
     return chunks
 
 
@@ -169,7 +167,7 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
         page = number if source.lower().endswith(".pdf") else None
         headings = list(HEADING.finditer(text))
         starts = [match.start() for match in headings]
-        titles = [None, *(match[1] or match[2] for match in headings)]
+        titles = [None, *((match[1] or match[2]).rstrip(" #") for match in headings)]
         for start, chunk in CHUNKERS[args.chunker](text, args):
             place = {"source": source, "page": page, "heading": titles[bisect(starts, start)]}
             chunks.append({"text": chunk, **place, "start": start, "end": start + len(chunk)})
@@ -180,7 +178,7 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
 
 EMBED_MODEL = "all-MiniLM-L6-v2"
 EMBED_BATCH = 32  # chunks: a question waits for one batch of an upload, about half a second
-MODELS = threading.Lock()  # one thread at a time: torch uses all cores anyway
+MODEL_LOCK = threading.Lock()  # one thread at a time: torch uses all cores anyway
 
 
 def load_models(args: Namespace) -> None:
@@ -222,7 +220,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     if query and count_tokens(texts[0], args) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
-    with MODELS:
+    with MODEL_LOCK:
         # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
         vectors = encode(texts, batch_size=8 if model.device.type == "cpu" else 32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16's are inexact
@@ -257,7 +255,7 @@ def open_collection(args: Namespace) -> Any:
     space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
     collection = client.get_or_create_collection("rag_hybrid", None, space, made, None)
     if collection.metadata != made:
-        model = collection.metadata["embed_model"]
+        model = (collection.metadata or {}).get("embed_model")
         raise ValueError(f"the index is of --embed-model {model}: name that, or another --index")
     return collection
 
@@ -266,7 +264,7 @@ class Store:
     """A Chroma collection, and its chunks' words in an FTS5 table that follows it.
 
     A change adds the new chunks before it deletes the old ones: readers see old or new ones. After
-    a crash, or another program's change, `follow` makes the words agree with Chroma again.
+    a crash, or when another program changes their number, `follow` makes the words agree again.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -278,7 +276,8 @@ class Store:
             if args.index.exists() and any(args.index.iterdir()) and not words.exists():
                 raise ValueError(f"{args.index} holds other files: name another --index")
             args.index.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(words, check_same_thread=False)
+        # Threads must not share a prepared statement, which Python keeps by default.
+        self.database = sqlite3.connect(words, check_same_thread=False, cached_statements=0)
         self.database.executescript(TABLES)
         self.collection = open_collection(args)
         self.follow()
@@ -287,10 +286,10 @@ class Store:
         """Add the words of what Chroma has and FTS5 lacks, and delete those of what is gone."""
         page = 300 if self.args.chroma_url == "cloud" else 100_000  # rows that the cloud returns
         ids: set[int] = set()
-        for start in range(0, self.collection.count(), page):
-            found = self.collection.get(limit=page, offset=start, include=[])
-            ids.update(map(int, found["ids"]))
-        with self.lock, self.database:
+        with self.lock, self.database:  # the ids too: a stale list would delete new words
+            for start in range(0, self.collection.count(), page):
+                found = self.collection.get(limit=page, offset=start, include=[])
+                ids.update(map(int, found["ids"]))
             known = {key for (key,) in self.database.execute("SELECT rowid FROM chunks")}
             gone = [[key] for key in known - ids]
             self.database.executemany("DELETE FROM chunks WHERE rowid = ?", gone)
@@ -300,7 +299,7 @@ class Store:
                 rows = zip(map(int, found["ids"]), found["documents"], places, strict=True)
                 insert = "INSERT INTO chunks (rowid, text, place) VALUES (?, ?, ?)"
                 self.database.executemany(insert, sorted(rows))  # in their order, which is fast
-        self.size = len(ids)
+            self.size = len(ids)
 
     def update(self, documents: dict[str, list[str]], uploaded: bool = False) -> dict[str, int]:
         """Add documents, given as pages by source, or replace those of the same name.
@@ -309,6 +308,7 @@ class Store:
         what came from there before goes. Returns the counts of chunks added and removed.
         """
         args = self.args
+        self.follow()  # a change that failed may have left chunks in Chroma
         select = "SELECT rowid, place ->> 'source', place ->> 'uploaded' FROM chunks"
         held = self.database.execute(select).fetchall()
         sources = {source for _, source, _ in held}
@@ -345,7 +345,7 @@ class Store:
         self.follow()
         with self.lock, self.database:
             insert = "INSERT OR REPLACE INTO documents VALUES (?, ?)"
-            self.database.executemany(insert, changed.items())
+            self.database.executemany(insert, [row for row in changed.items() if documents[row[0]]])
         return {"added": len(new), "removed": len(gone)}
 
     def get(self, ids: list[int]) -> list[Chunk]:
@@ -448,7 +448,7 @@ CROSS_ENCODER = "cross-encoder/ms-marco-MiniLM-L-6-v2"  # of the hub, 90 MB
 
 def rerank(question: str, hits: list[Chunk], args: Namespace) -> list[Chunk]:
     """Order hits by a cross-encoder, which reads question and passage together: better, slower."""
-    with MODELS:
+    with MODEL_LOCK:
         scores = args.cross_encoder.predict([(question, hit["text"]) for hit in hits])
     best = [hits[n] for n in np.argsort(-scores)]
     for rank, hit in enumerate(best, 1):
@@ -560,7 +560,7 @@ def connect(args: Namespace) -> None:
     except openai.APIConnectionError:
         if named:
             raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
-        say(f"no key, and no Ollama at {host}: the best sentences are quoted; an LLM would write")
+        say(f"no key, and no Ollama at {host}: the best sentences are quoted, without an LLM")
         args.llm, args.model = "quotes", None
         return
     if not {args.model, f"{args.model}:latest"} & models:
@@ -571,26 +571,25 @@ def connect(args: Namespace) -> None:
 async def generate(messages: list[Any], record: Any, args: Namespace) -> AsyncGenerator[str]:
     """Yield the LLM's answer piece by piece as it comes. Its usage goes into the record."""
     finish_reason = used = None
-    options: dict[str, Any]
+    limit = "max_completion_tokens" if args.llm == "openai" else "max_tokens"
+    options: dict[str, Any] = {"model": args.model, limit: MAX_ANSWER_TOKENS}
     if args.llm == "claude":
         system, *chat = messages
-        options = {"max_tokens": MAX_ANSWER_TOKENS, "system": system["content"], "messages": chat}
-        async with args.client.messages.stream(model=args.model, **options) as stream:
+        options |= {"system": system["content"], "messages": chat}
+        async with args.client.messages.stream(**options) as stream:
             async for piece in stream.text_stream:
                 yield piece
             message = await stream.get_final_message()
         finish_reason = message.stop_reason
         used = message.usage.input_tokens, message.usage.output_tokens
     else:
-        options = {"max_completion_tokens": MAX_ANSWER_TOKENS}
         if args.llm == "ollama":  # one that thinks first takes minutes over what a passage says
-            options = {"max_tokens": MAX_ANSWER_TOKENS, "reasoning_effort": "none"}
-        options |= {"messages": messages, "stream_options": {"include_usage": True}}
-        create = args.client.chat.completions.create
-        async with await create(model=args.model, stream=True, **options) as stream:
+            options["reasoning_effort"] = "none"
+        options |= {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        async with await args.client.chat.completions.create(**options) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:  # none in the last chunk, which has the usage
-                    finish_reason = choice.finish_reason
+                    finish_reason = choice.finish_reason or finish_reason
                     if choice.delta.content:
                         yield choice.delta.content
                 if chunk.usage:
@@ -601,7 +600,7 @@ async def generate(messages: list[Any], record: Any, args: Namespace) -> AsyncGe
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
     if used:
         record.usage = {"input_tokens": used[0], "output_tokens": used[1]}
-        # A token is normally about four characters.
+        # A token is about four characters: with fewer than half of them, the prompt was cut.
         if used[0] < len(messages[-1]["content"]) / 8:
             say("the server cut the prompt: lower --top-k, or for Ollama raise its context length")
 
@@ -617,11 +616,12 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     if max(hit["score"] for hit in hits) < MIN_SCORE:
         return REFUSAL
     windows = [(hit["n"], window) for hit in hits for window in WINDOWS.chunks(hit["text"])]
-    vectors = embed([question, *(window for _, window in windows)], args)
+    vectors = embed([window for _, window in windows], args)
+    cosines = vectors @ embed([question], args, query=True)[0]
     asked = set(re.findall(r"\w+", question.lower()))
     shared = [len(asked & set(re.findall(r"\w+", window.lower()))) for _, window in windows]
     # The words in common tell apart windows that are about the same thing.
-    scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
+    scores = cosines + 0.5 * np.array(shared) / max(1, len(asked))
     n, window = windows[int(scores.argmax())]
     return f'"{" ".join(window.split())}" [{n}]'
 
@@ -650,7 +650,7 @@ class Passage(BaseModel):
     end: int
     text: str
     score: float = Field(description="cosine similarity to the question")
-    ranks: dict[str, int] = Field(description="what each stage made of it")
+    ranks: dict[str, int] = Field(description="its rank in each list that has it")
 
 
 class Answer(BaseModel):
@@ -663,9 +663,9 @@ class Answer(BaseModel):
     sources: list[Passage] = []
     model: str | None
     embed_model: str
-    usage: dict[str, int] | None = None
+    usage: dict[str, int] | None = Field(default=None, description="of the last call of the LLM")
     seconds: dict[str, float | None] = {"first_token": None, "generate": 0.0}
-    queries: list[str] = Field(default=[], description="what was looked up: no greeting is")
+    queries: list[str] = Field(default=[], description="what was looked up; none for a greeting")
     candidates: list[Passage] = []
     context_tokens: int = 0
     notes: list[str] = []
@@ -676,7 +676,7 @@ async def rewrite(record: Answer, history: list[Any], args: Namespace) -> list[s
     """Make a follow-up stand alone, and add --expand paraphrases. Returns what to look up."""
     if args.llm == "quotes":
         before = [message["content"] for message in history if message["role"] == "user"]
-        record.notes.append("without an LLM, the question before is looked up with it")
+        record.notes.append("without an LLM, the previous question is looked up as well")
         return [" ".join([*before[-1:], record.question])]
     system = REWRITE_PROMPT + (EXPAND_PROMPT.format(args.expand) if args.expand else "")
     asked = {"role": "user", "content": record.question}
@@ -699,7 +699,6 @@ async def write(record: Answer, history: list[Any], args: Namespace) -> AsyncGen
     elif not hits:
         yield REFUSAL
     elif args.llm == "quotes":
-        hits.sort(key=lambda hit: -hit["score"])
         yield await asyncio.to_thread(quote, record.queries[0], hits, args)
     else:
         for hit in hits:
@@ -726,13 +725,13 @@ async def answer(
     """Fill in a record that has the question. Yields "" after the sources, then pieces of text."""
     args, start = store.args, time.perf_counter()
     kept = list(history)
-    while sum(len(message["content"]) for message in kept) > args.window:  # a quarter of its tokens
+    while kept and sum(len(turn["content"]) for turn in kept) > args.window:  # a quarter in tokens
         del kept[:2]
     if len(kept) < len(history):
         record.notes.append(f"the first {len(history) - len(kept)} messages were left out")
     if not GREETING.fullmatch(record.question):
         record.queries = [record.question]
-        if with_llm and (kept or args.expand):
+        if with_llm and (kept or (args.expand and args.llm != "quotes")):
             record.queries = await rewrite(record, kept, args)
         hits = await asyncio.to_thread(retrieve, record.queries, store)
         record.context_tokens = assemble(hits, top_k, args)
@@ -765,7 +764,7 @@ def public(error: Exception) -> str:
 # --- the API ---
 
 MAX_UPLOAD, MAX_BODY = 20_000_000, 500_000  # bytes of a file, and of any other request
-MOST_CLIENTS = 100  # at once; who comes then is answered with 503
+MAX_CLIENTS = 100  # at once; further requests are answered with 503
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
 app = FastAPIOffline(title="RAG", redoc_url=None, responses={"4XX": {}, "5XX": {}})
 
@@ -834,7 +833,7 @@ async def explain_invalid(_: Any, error: RequestValidationError) -> JSONResponse
 
 @app.exception_handler(Exception)
 async def explain_failure(_: Any, error: Exception) -> JSONResponse:
-    """Tell the log everything, and the caller nothing of the inside."""
+    """Tell the log which error it was, and the caller nothing of the inside."""
     return JSONResponse({"detail": public(error)}, 500)
 
 
@@ -856,11 +855,12 @@ async def is_alive() -> dict[str, str]:
 
 
 @app.get("/readyz")
-async def is_ready() -> dict[str, Any]:
+def is_ready() -> dict[str, Any]:
     """What is served, and questions to start with."""
     store = app.state.store
     select = "SELECT DISTINCT coalesce(place ->> 'heading', place ->> 'source') FROM "
-    topics = store.database.execute(select + "(SELECT place FROM chunks LIMIT 99) LIMIT 3")
+    few = 0 if os.environ.get("RAG_API_KEY") else 3  # strangers see no headings
+    topics = store.database.execute(select + "(SELECT place FROM chunks LIMIT 99) LIMIT ?", [few])
     examples = [f'What is said about "{topic}"?' for (topic,) in topics]
     names = {"model": store.args.model, "embed_model": store.args.embed_model}
     return {"status": "ready", "chunks": store.size, "examples": examples} | names
@@ -894,7 +894,7 @@ async def chat(body: Question, request: Request) -> Any:
         lines = (format_sse_event(event=e, data_str=json.dumps(data)) async for e, data in events)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
-    gone = asyncio.ensure_future(request.receive())  # is_disconnected() never is, behind `guard`
+    gone = asyncio.ensure_future(request.receive())  # behind `guard`, is_disconnected() stays False
     found = {}
     async for name, found in events:
         if name == "error":
@@ -953,7 +953,7 @@ def serve(args: Namespace) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"ready: http://{host}:{bound.getsockname()[1]}")
     # At other levels it logs a traceback for each answer that a second Ctrl-C ends.
-    config = uvicorn.Config(app, log_level="critical", limit_concurrency=MOST_CLIENTS)
+    config = uvicorn.Config(app, log_level="critical", limit_concurrency=MAX_CLIENTS)
     uvicorn.Server(config).run(sockets=[bound])
     return 130
 
@@ -987,7 +987,7 @@ add("--rerank-model", default=CROSS_ENCODER, metavar="NAME", help="(%(default)s)
 add("--mmr", type=float, default=1.0, metavar="LAMBDA", help="below 1: passages that differ")
 add("--top-k", **COUNT, default=4, choices=range(1, POOL + 1), help="passages (%(default)s)")
 add("--window", **COUNT, default=16_384, help="tokens that the LLM reads (%(default)s)")
-add("--llm", choices=[*LLM_MODELS, "quotes"], help="who answers (what has a key)")
+add("--llm", choices=[*LLM_MODELS, "quotes"], help="what answers (the first that has a key)")
 add("--model", metavar="NAME", help="the LLM's model")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
 add("--retrieve-only", action="store_true", help="print whole passages, without calling the LLM")
@@ -1064,8 +1064,8 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_intermixed_args(argv)
     is_local = args.host in ("127.0.0.1", "localhost", "::1")
     if not args.question and not is_local and not os.environ.get("RAG_API_KEY"):
-        PARSER.error("set RAG_API_KEY where others reach --host")
-    for path in args.docs or [args.index if args.question and args.index else "."]:
+        PARSER.error("others can reach --host: set RAG_API_KEY")
+    for path in args.docs or ([args.index] if args.question and args.index else []):
         if not Path(path).exists():
             PARSER.error(f"{path} does not exist")
     for question in args.question:
