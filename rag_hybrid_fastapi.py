@@ -11,7 +11,7 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# # The CPU build of torch on Linux, 2.8 GB less: take the first "# " off these three lines.
+# # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these three lines.
 # # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
 # # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
 # # exclude-newer-package = { torch = false }  # that index has no upload dates
@@ -25,7 +25,7 @@
 Passages are found by meaning (Chroma) and by words (BM25 in SQLite); each answer has a trace of
 what every stage did. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where
 ANTHROPIC_API_KEY is, else Ollama; where there is none, the best sentences are quoted. Needs 1.5 GB
-of memory, and at first 0.6 GB of packages (3.4 GB on Linux: the lines above say how to take less).
+of memory, and at first 0.5 GB of packages (3.4 GB on Linux: the lines above say how to take less).
 On any address but this machine's own it needs RAG_API_KEY, which clients must send. The smaller
 scripts show the loop without all this: read rag_chroma_claude.py first.
 """
