@@ -62,7 +62,7 @@ def read_file(file: Path) -> list[Chunk]:
     elif kind == ".docx":
         texts = [docx2txt.process(file)]
     elif kind in (".html", ".htm"):
-        texts = [BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")]
+        texts = [BeautifulSoup(file.read_bytes(), "html.parser").get_text(" ")]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]

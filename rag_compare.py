@@ -548,10 +548,10 @@ svg text { stroke: none; }
 {% if record.answer %}<p class="said">{{ record.answer }}</p>{% endif %}
 {% for passage in record.sources %}
 <details{% if passage.text in missed %} class="missed"{% endif %}>
-<summary>{{ loop.index }}. {{ passage.source }}
-{% if passage.page %}, page {{ passage.page }}{% endif %}
-{% if passage.score is not none %}{{ "%.2f"|format(passage.score) }}{% endif %}
-{% for each in question.relevant or [] if is_relevant(passage, each) %}, <b>relevant</b>{% endfor %}
+<summary>{{ loop.index }}. {{ passage.source -}}
+{% if passage.page %}, page {{ passage.page }}{% endif -%}
+{% if passage.score is not none %}, {{ "%.2f"|format(passage.score) }}{% endif -%}
+{% for each in question.relevant or [] if is_relevant(passage, each) %}, <b>relevant</b>{% endfor -%}
 {% if passage.text in missed %}, <b>not found by all</b>{% endif %}
 <br>{{ passage.text|truncate(60) }}</summary>
 <p class="said">{{ passage.text }}</p>

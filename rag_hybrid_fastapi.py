@@ -613,12 +613,14 @@ WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
 
 def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     """Quote the window of the passages that fits the question best."""
-    if max(hit["score"] for hit in hits) < MIN_SCORE:
+    asked = set(re.findall(r"\w+", question.lower()))
+    codes = {word for word in asked if re.search(r"[a-z]\d|\d[a-z]", word)}  # such as E47
+    has_code = any(codes & set(re.findall(r"\w+", hit["text"].lower())) for hit in hits)
+    if max(hit["score"] for hit in hits) < MIN_SCORE and not has_code:
         return REFUSAL
     windows = [(hit["n"], window) for hit in hits for window in WINDOWS.chunks(hit["text"])]
     vectors = embed([window for _, window in windows], args)
     cosines = vectors @ embed([question], args, query=True)[0]
-    asked = set(re.findall(r"\w+", question.lower()))
     shared = [len(asked & set(re.findall(r"\w+", window.lower()))) for _, window in windows]
     # The words in common tell apart windows that are about the same thing.
     scores = cosines + 0.5 * np.array(shared) / max(1, len(asked))
@@ -631,6 +633,10 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
 GREETING = re.compile(  # is not looked up; anything longer is taken for a question
     r"(?i)\W*(hi|hello|hey|good (morning|afternoon|evening|day)|thanks|thank you|thx|bye|goodbye|"
     r"ok|okay|great)(\W+(there|all|everyone|so|very|much|a|lot|again|for|the|your|help))*\W*"
+)
+REFERS_BACK = re.compile(
+    r"(?i)^\W*(and|but|so|what about|how about)\b|"
+    r"\b(it|its|he|him|his|she|her|they|them|their|this|that|these|those|there)\b"
 )
 REWRITE_PROMPT = """Rewrite the user's last question so that it can stand alone: put names in place
 of words like it or there. Keep its language. Do not answer it, and write nothing else."""
@@ -676,8 +682,10 @@ async def rewrite(record: Answer, history: list[Any], args: Namespace) -> list[s
     """Make a follow-up stand alone, and add --expand paraphrases. Returns what to look up."""
     if args.llm == "quotes":
         before = [message["content"] for message in history if message["role"] == "user"]
-        record.notes.append("without an LLM, the previous question is looked up as well")
-        return [" ".join([*before[-1:], record.question])]
+        if before and REFERS_BACK.search(record.question):
+            record.notes.append("without an LLM, the previous question is looked up with this one")
+            return [f"{before[-1]} {record.question}"]
+        return [record.question]
     system = REWRITE_PROMPT + (EXPAND_PROMPT.format(args.expand) if args.expand else "")
     asked = {"role": "user", "content": record.question}
     try:
@@ -731,7 +739,7 @@ async def answer(
         record.notes.append(f"the first {len(history) - len(kept)} messages were left out")
     if not GREETING.fullmatch(record.question):
         record.queries = [record.question]
-        if with_llm and (kept or (args.expand and args.llm != "quotes")):
+        if with_llm and (kept or args.expand):
             record.queries = await rewrite(record, kept, args)
         hits = await asyncio.to_thread(retrieve, record.queries, store)
         record.context_tokens = assemble(hits, top_k, args)
@@ -1081,7 +1089,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DEBUG"):
             raise
-        where = f"{args.index}: " if isinstance(error, sqlite3.Error) else ""
+        where = f"{args.index} (open elsewhere?): " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}")
         code = 2 if isinstance(error, (OSError, OverflowError, ValueError, sqlite3.Error)) else 1
     return code

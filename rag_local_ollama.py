@@ -67,7 +67,7 @@ def read_file(file: Path) -> list[Chunk]:
     elif kind == ".docx":
         texts = [docx2txt.process(file)]
     elif kind in (".html", ".htm"):
-        texts = [BeautifulSoup(file.read_bytes(), "html.parser").get_text("\n")]
+        texts = [BeautifulSoup(file.read_bytes(), "html.parser").get_text(" ")]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
@@ -318,7 +318,7 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}
     completion = args.client.completions.create(model=args.model, prompt=prompt, **limits)
     picked = completion.choices[0].text.strip()
-    is_short = f" {picked} " in f" {window} " and 0 < len(picked) < len(window) / 2
+    is_short = f" {picked} " in f" {window} " and 0 < len(picked.split()) <= 6
     return f'{picked.strip(".,;:")}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
 
 
