@@ -551,7 +551,7 @@ svg text { stroke: none; }
 <summary>{{ loop.index }}. {{ passage.source -}}
 {% if passage.page %}, page {{ passage.page }}{% endif -%}
 {% if passage.score is not none %}, {{ "%.2f"|format(passage.score) }}{% endif -%}
-{% for each in question.relevant or [] if is_relevant(passage, each) %}, <b>relevant</b>{% endfor -%}
+{% for tag in question.relevant or [] if is_relevant(passage, tag) %}, <b>relevant</b>{% endfor -%}
 {% if passage.text in missed %}, <b>not found by all</b>{% endif %}
 <br>{{ passage.text|truncate(60) }}</summary>
 <p class="said">{{ passage.text }}</p>

@@ -221,8 +221,13 @@ def test_without_an_llm_it_quotes_refuses_and_takes_follow_ups(args):
     found = chat(args, "And who was it before her?", [ASKED, TOLD], llm="quotes")
     assert re.search(r'"[^"]*before her it was her uncle Torbern.*" \[1\]$', found.answer)
     assert found.queries == ["Who is the miller of Halden? And who was it before her?"]
+    found = chat(args, QUESTION, [ASKED, TOLD], llm="quotes")
+    assert (found.queries, SIEVE in found.answer) == ([QUESTION], True)  # it stands alone
     found = chat(args, CUP, llm="quotes")
     assert (found.answer, found.refused, found.usage) == (rag.REFUSAL, True, None)
+    about_a_code = [{"n": 1, "score": 0.1, "text": "Code QX7 is for the loft."}]
+    assert rag.quote("QX7?", about_a_code, args) == '"Code QX7 is for the loft." [1]'
+    assert rag.quote("QX8?", about_a_code, args) == rag.REFUSAL
 
 
 def held(store):
