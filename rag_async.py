@@ -230,6 +230,8 @@ def read_questions(path: str) -> list[str]:
                 text = line.decode("utf-8-sig").strip()
                 question = json.loads(text)["question"] if text.startswith("{") else text
                 questions.append(question.strip())
+        except KeyboardInterrupt:
+            sys.exit(130)
         except Exception as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
     return list(filter(None, questions))
@@ -242,11 +244,14 @@ def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
         try:
             out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
             for line in lines:
-                if line.startswith(b'{"question":') and not line.endswith((b"\n", b'"}')):
+                if line.startswith(b'{"question":') and not line.endswith((b"\n", b"}")):
                     out.truncate(out.tell() - len(line))
                 else:
                     record = json.loads(line)
-                    answers[record["question"]] = record["answer"]
+                    answers[record["question"]] = record["answer"] if not record["error"] else None
+                    if not line.endswith(b"\n"):
+                        out.write("\n")
+                        break
         except Exception as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
     return out, answers
@@ -288,6 +293,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     questions = args.question + args.questions or ([] if args.docs or args.index else QUESTIONS)
     asked = [question for question in questions if not (args.out and args.out[1].get(question))]
     with asyncio.Runner() as runner:  # its end cancels what is under way, as after Ctrl-C
+        runner.get_loop().set_exception_handler(lambda *_: None)  # main reports the first one
         start = runner.get_loop().create_task
         tasks = [start(answer_question(question, index, args)) for question in asked]
         for task in tqdm(tasks, "answering", disable=None):
@@ -364,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DEBUG"):
             raise
-        where = f"{args.index}: " if isinstance(error, sqlite3.Error) else ""
+        where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}")
         code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
     return code

@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DEBUG"):
             raise
-        where = f"{args.index}: " if isinstance(error, sqlite3.Error) else ""
+        where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}")
         code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
     return code

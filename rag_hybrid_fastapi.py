@@ -336,6 +336,8 @@ class Store:
         # Batches of like length: a text is padded to the longest one.
         in_order = sorted(new, key=lambda key: len(wanted[key]["text"]))
         for batch in tqdm(list(batches(in_order, EMBED_BATCH)), "embedding", disable=None):
+            if "server" in args and args.server.should_exit:
+                raise RuntimeError("the server stops: add the document again")
             texts = [wanted[key].pop("text") for key in batch]
             places = [wanted[key] for key in batch]
             self.collection.upsert([str(key) for key in batch], embed(texts, args), places, texts)
@@ -961,8 +963,9 @@ def serve(args: Namespace) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"ready: http://{host}:{bound.getsockname()[1]}")
     # At other levels it logs a traceback for each answer that a second Ctrl-C ends.
-    config = uvicorn.Config(app, log_level="critical", limit_concurrency=MAX_CLIENTS)
-    uvicorn.Server(config).run(sockets=[bound])
+    limits: Any = {"limit_concurrency": MAX_CLIENTS, "timeout_graceful_shutdown": 5}  # seconds
+    args.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **limits))
+    args.server.run(sockets=[bound])
     return 130
 
 
@@ -1026,6 +1029,10 @@ def open_store(args: Namespace) -> Store:
         store.update(documents)
     elif args.question and not store.size:
         raise ValueError("the index is empty: name the --docs")
+    if args.index:
+        torn = "SELECT DISTINCT place ->> 'source' FROM chunks EXCEPT SELECT source FROM documents"
+        for (source,) in store.database.execute(torn):
+            say(f"{source} was not added whole: add it again, or remove it")
     store.seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
     say(f"index: {store.size} chunks")
     return store
@@ -1073,6 +1080,8 @@ def main(argv: list[str] | None = None) -> int:
     is_local = args.host in ("127.0.0.1", "localhost", "::1")
     if not args.question and not is_local and not os.environ.get("RAG_API_KEY"):
         PARSER.error("others can reach --host: set RAG_API_KEY")
+    if args.window < 1_000:
+        PARSER.error("--window must be 1000 or more: half of it is for the passages")
     for path in args.docs or ([args.index] if args.question and args.index else []):
         if not Path(path).exists():
             PARSER.error(f"{path} does not exist")

@@ -239,7 +239,7 @@ def read_chat() -> Iterator[str]:
 
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and stream for one question after another. Yields what --json prints."""
-    is_chat = not args.question and sys.stdin.isatty()
+    is_chat = not (args.question or args.json) and sys.stdin.isatty()
     questions = args.question or (read_chat() if is_chat else sys.stdin.read().splitlines())
     samples = [] if args.docs or args.index else QUESTIONS
     history: list[Any] = []
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DEBUG"):
             raise
-        where = f"{args.index}: " if isinstance(error, sqlite3.Error) else ""
+        where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}")
         code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
     return code

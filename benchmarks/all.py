@@ -66,9 +66,9 @@ def peers(data: list[Path]) -> str:
     head = ["", *(what.rpartition(" ")[0] or what for what in beside), "recall@5", "nDCG@10"]
     asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"
     return (
-        f"`peers.py`, {date.today()}: {asked}. The first five are ratios to the floor, bare\n"
-        "sentence-transformers; except for chunks, lower is better. Ours embed in bfloat16, which\n"
-        "this processor has matrix units for.\n\n"
+        f"`peers.py`, {date.today()}: {asked}. The first five are ratios to the floor, bare "
+        "sentence-transformers; except for\nchunks, lower is better. Ours embed in bfloat16, "
+        "which this processor has matrix units for.\n\n"
         + table([*head, "MB on disk", "s from nothing"], rows)
     )
 
