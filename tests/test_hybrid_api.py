@@ -427,7 +427,7 @@ def test_an_llm_that_is_down_or_fails_is_an_error_after_the_sources(http, llm, f
 
 
 def test_a_failure_inside_is_told_to_the_log_only(url):
-    client = httpx2.Client(base_url=url, trust_env=False)
+    client = httpx2.Client(base_url=url, trust_env=False, headers={"Connection": "close"})
     added = add(client, "x.txt", "unembeddable")
     asked = client.post("/chat", json={"query": "unembeddable"})
     assert (added.status_code, asked.status_code) == (500, 502)
