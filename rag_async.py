@@ -34,6 +34,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from threading import Thread
 from typing import Any, TextIO
 
 import numpy as np
@@ -292,19 +293,18 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     screen = StringIO() if args.json or args.out else sys.stdout
     questions = args.question + args.questions or ([] if args.docs or args.index else QUESTIONS)
     asked = [question for question in questions if not (args.out and args.out[1].get(question))]
-    with asyncio.Runner() as runner:  # its end cancels what is under way, as after Ctrl-C
-        runner.get_loop().set_exception_handler(lambda *_: None)  # main reports the first one
-        start = runner.get_loop().create_task
-        tasks = [start(answer_question(question, index, args)) for question in asked]
-        for task in tqdm(tasks, "answering", disable=None):
-            record = runner.run(asyncio.wait_for(task, None))
-            say(f"\nQuestion: {record['question']}", screen)
-            for hit in record["sources"]:
-                place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
-                text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
-                say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", screen)
-            say(f"Answer: {record['answer']}" if record["answer"] else "", screen)
-            yield record
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()  # Ctrl-C ends the main thread, which waits
+    tasks = [asyncio.run_coroutine_threadsafe(answer_question(q, index, args), loop) for q in asked]
+    for task in tqdm(tasks, "answering", disable=None):
+        record = task.result()
+        say(f"\nQuestion: {record['question']}", screen)
+        for hit in record["sources"]:
+            place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
+            text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
+            say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", screen)
+        say(f"Answer: {record['answer']}" if record["answer"] else "", screen)
+        yield record
 
 
 # --- command line ---
