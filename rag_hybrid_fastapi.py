@@ -341,7 +341,6 @@ class Store:
             texts = [wanted[key].pop("text") for key in batch]
             places = [wanted[key] for key in batch]
             self.collection.upsert([str(key) for key in batch], embed(texts, args), places, texts)
-        self.follow()
         for batch in batches(gone, 300):
             self.collection.delete(batch)
         self.follow()
