@@ -381,17 +381,17 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the pipeline. Returns the exit code: 1 if a service failed, 2 if the user can fix it."""
-    args = PARSER.parse_intermixed_args(argv)
-    if args.top_k < 1:
-        PARSER.error("--top-k must be 1 or more")
-    for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
-        if not Path(path).exists():
-            PARSER.error(f"{path} does not exist")
-    for question in args.question:
-        if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
     code = 0
     try:
+        args = PARSER.parse_intermixed_args(argv)
+        if args.top_k < 1:
+            PARSER.error("--top-k must be 1 or more")
+        for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
+            if not Path(path).exists():
+                PARSER.error(f"{path} does not exist")
+        for question in args.question:
+            if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
+                PARSER.error(f"{question} is a file, not a question: use --docs for each file")
         start = time.perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]

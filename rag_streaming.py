@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "beautifulsoup4>=4.15,<5", "docx2txt>=0.9,<1", "faiss-cpu>=1.15,<2", "numpy>=2.4,<3",
-#   "openai>=3.51,<4", "pypdf[crypto]>=7.1,<8", "semantic-text-splitter>=0.33,<1", "tqdm>=4.70,<5",
+#   "beautifulsoup4>=4.15,<5", "docx2txt>=0.9,<1", "numpy>=2.4,<3", "openai>=3.51,<4",
+#   "pypdf[crypto]>=7.1,<8", "semantic-text-splitter>=0.33,<1", "tqdm>=4.70,<5",
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
@@ -154,19 +154,15 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
     return chunks, np.stack([np.frombuffer(vectors[chunk["text"]], np.float32) for chunk in chunks])
 
 
-# --- retrieve: FAISS ---
+# --- retrieve: NumPy ---
 
 
 def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> list[Chunk]:
     """Find the --top-k chunks most similar to the question, best first."""
-    import faiss
-
     chunks, vectors = index
-    k = min(args.top_k, len(chunks))
-    # Exact: compares against every chunk. For millions of chunks, see faiss.index_factory.
-    scores, rows = faiss.knn(embed([question], args), vectors, k, faiss.METRIC_INNER_PRODUCT)
-    found = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
-    return [{"n": n, "score": score, **chunks[row]} for n, (row, score) in enumerate(found, 1)]
+    scores = vectors @ embed([question], args)[0]
+    best = np.argsort(-scores)[: args.top_k].tolist()
+    return [{"n": n, "score": float(scores[row]), **chunks[row]} for n, row in enumerate(best, 1)]
 
 
 # --- prompt ---
@@ -314,17 +310,17 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the pipeline. Returns the exit code: 1 if a service failed, 2 if the user can fix it."""
-    args = PARSER.parse_intermixed_args(argv)
-    if args.top_k < 1:
-        PARSER.error("--top-k must be 1 or more")
-    for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
-        if not Path(path).exists():
-            PARSER.error(f"{path} does not exist")
-    for question in args.question:
-        if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
     code = 0
     try:
+        args = PARSER.parse_intermixed_args(argv)
+        if args.top_k < 1:
+            PARSER.error("--top-k must be 1 or more")
+        for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
+            if not Path(path).exists():
+                PARSER.error(f"{path} does not exist")
+        for question in args.question:
+            if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
+                PARSER.error(f"{question} is a file, not a question: use --docs for each file")
         start = time.perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]
