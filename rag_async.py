@@ -15,7 +15,7 @@
     uv run rag_async.py --docs notes/ "What is due?" "Who pays?" --concurrency 2
 
 --questions has a question a line, or JSON Lines with "question". --out takes each answer when it
-is there; the same command resumes a stopped run. Requires OPENAI_API_KEY and 65 MB of packages; a
+is there; the same command resumes a stopped run. Requires OPENAI_API_KEY and 46 MB of packages; a
 question costs about half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible server. Not in
 here: one question at a time (rag_faiss_openai.py), streaming and a chat (rag_streaming.py).
 """

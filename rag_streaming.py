@@ -14,7 +14,7 @@
     uv run rag_streaming.py --docs notes/ "What did we decide?"
     uv run rag_streaming.py --docs notes/ < questions.txt      # one question a line
 
-A follow-up like "and when is that?" is rewritten first. Requires OPENAI_API_KEY and 65 MB of
+A follow-up like "and when is that?" is rewritten first. Requires OPENAI_API_KEY and 46 MB of
 packages; a question costs about half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible
 server. Not in here: many questions at once (rag_async.py), local models (rag_local_ollama.py).
 """
