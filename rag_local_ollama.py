@@ -25,8 +25,7 @@
 Requires no key, but 0.5 GB of packages (on Linux 3.4 GB, or less: see above) and 1.2 GB of memory.
 Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the answers. Where none listens at
 OLLAMA_HOST, a tiny embedded LLM quotes the passages; so does any --model FILE.gguf. Not in here:
-a vector database (rag_chroma_claude.py), a chat (rag_streaming.py), many questions at once
-(rag_async.py).
+a vector database (rag_chroma_claude.py), a chat (rag_streaming.py).
 """
 
 import json
@@ -304,10 +303,9 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     window, n = windows[scores.argmax()]
     words = "".join(filter(str.isprintable, " ".join(window.split()))).split()
     window = " ".join(words)
-    # The grammar (GBNF) admits only words that follow each other in the window: a rule per word.
-    grammar = f'w{len(words)} ::= ""\nroot ::= ' + " | ".join(f"w{i}" for i in range(len(words)))
-    for i, word in enumerate(words):
-        grammar += f'\nw{i} ::= {json.dumps(word, ensure_ascii=False)} (" " w{i + 1})?'
+    # The grammar (GBNF) admits only words that follow each other in the window.
+    spans = {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 8)}
+    grammar = "root ::= " + " | ".join(json.dumps(span, ensure_ascii=False) for span in spans)
     prompt = (
         "Passage: Odda Renfrey opened the bakery, and baked there.\n"
         "Question: Who opened the bakery?\nAnswer: Odda Renfrey\n\n"
@@ -318,7 +316,7 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}
     completion = args.client.completions.create(model=args.model, prompt=prompt, **limits)
     picked = completion.choices[0].text.strip()
-    is_short = f" {picked} " in f" {window} " and 0 < len(picked.split()) <= 6
+    is_short = f" {picked} " in f" {window} " and len(picked.split()) <= 6
     return f'{picked.strip(".,;:")}: "{window}" [{n}]' if is_short else f'"{window}" [{n}]'
 
 
