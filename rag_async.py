@@ -237,14 +237,11 @@ def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
         try:
             out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
             for line in lines:
-                if line.startswith(b'{"question":') and not line.endswith((b"\n", b"}")):
+                if line.startswith(b'{"question":') and not line.endswith((b"\n", b'"}')):
                     out.truncate(out.tell() - len(line))
                 else:
                     record = json.loads(line)
                     answers[record["question"]] = record["answer"] if not record["error"] else None
-                    if not line.endswith(b"\n"):
-                        out.write("\n")
-                        break
         except Exception as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
     return out, answers
