@@ -187,9 +187,10 @@ def retrieve(question: str, index: Any, args: Namespace) -> list[Chunk]:
     found = index.query(embed([question], args, query=True), n_results=args.top_k)
     rows = zip(found["documents"][0], found["metadatas"][0], found["distances"][0], strict=True)
     hits = []
-    for n, (text, place, distance) in enumerate(rows, 1):
-        hits.append({"n": n, "score": 1 - distance, "text": text, "page": None, **place})
-    return hits
+    for text, place, distance in rows:
+        if place:  # else another program is just deleting it
+            hits.append({"score": 1 - distance, "text": text, "page": None, **place})
+    return [{"n": n, **hit} for n, hit in enumerate(hits, 1)]
 
 
 # --- prompt ---

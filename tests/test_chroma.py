@@ -5,7 +5,9 @@
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, environment
@@ -91,6 +93,14 @@ def test_programs_that_share_a_server_end_with_one_complete_index(ask, tmp_path,
         assert set(held(ask, *index[:2])) <= {*old, *new}
     assert [other.returncode for other in others] == [0, 0]
     assert held(ask, *index[:2]) == new
+
+
+def test_a_chunk_that_another_program_is_just_deleting_is_left_out(monkeypatch):
+    monkeypatch.setattr(rag, "embed", lambda texts, args, query: texts)
+    lists = {"documents": [None, "b"], "metadatas": [None, {"source": "s"}], "distances": [0, 0.5]}
+    index = SimpleNamespace(query=lambda *_, **__: {name: [row] for name, row in lists.items()})
+    [hit] = rag.retrieve("?", index, Namespace(top_k=2))
+    assert hit == {"n": 1, "score": 0.5, "text": "b", "source": "s", "page": None}
 
 
 def test_a_server_that_is_down_and_a_cloud_without_key_are_told_in_one_line(ask):
