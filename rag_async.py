@@ -220,10 +220,11 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
 def read_questions(path: str) -> list[str]:
     """Read --questions: one a line, or JSON Lines with "question". "-" is stdin."""
     questions = []
-    with fileinput.input(path, encoding="utf-8-sig") as lines:
+    with fileinput.input(path, mode="rb") as lines:
         try:
             for line in lines:
-                question = json.loads(line)["question"] if line.startswith("{") else line
+                text = line.decode("utf-8-sig").strip()
+                question = json.loads(text)["question"] if text.startswith("{") else text
                 questions.append(question.strip())
         except Exception as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
@@ -237,11 +238,14 @@ def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
         try:
             out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
             for line in lines:
-                if line.startswith(b'{"question":') and not line.endswith((b"\n", b'"}')):
+                if line.startswith(b'{"question":') and not line.endswith((b"\n", b"}")):
                     out.truncate(out.tell() - len(line))
                 else:
                     record = json.loads(line)
                     answers[record["question"]] = record["answer"] if not record["error"] else None
+                    if not line.endswith(b"\n"):
+                        out.write("\n")
+                        break
         except Exception as error:
             raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
     return out, answers

@@ -123,7 +123,7 @@ def test_a_finished_run_asks_nothing_and_a_torn_line_is_asked_again(ask, llm):
 
 @pytest.mark.parametrize(
     "content",
-    ["Dear", "Dear diary,\nI am", '{"id": 3}\n', "[]\n", '{"question": "?", "answer": "x"}'],
+    ["Dear", "Dear diary,\nI am", '{"id": 3}\n', "[]\n", '{"question": "?", "id": 7}'],
 )
 def test_an_out_that_is_something_else_is_refused_and_left_as_it_was(ask, llm, content):
     Path("out.jsonl").write_text(content)
