@@ -166,7 +166,7 @@ async def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespac
     response = await args.client.embeddings.create(model=args.embed_model, input=question)
     query = np.array(response.data[0].embedding, np.float32)
     scores = vectors @ query / np.linalg.norm(query)
-    best = np.argsort(-scores)[: args.top_k].tolist()
+    best = np.argsort(-scores, stable=True)[: args.top_k].tolist()  # equal ones in their order
     return [{"n": n, "score": float(scores[row]), **chunks[row]} for n, row in enumerate(best, 1)]
 
 

@@ -161,7 +161,7 @@ def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> 
     """Find the --top-k chunks most similar to the question, best first."""
     chunks, vectors = index
     scores = vectors @ embed([question], args)[0]
-    best = np.argsort(-scores)[: args.top_k].tolist()
+    best = np.argsort(-scores, stable=True)[: args.top_k].tolist()  # equal ones in their order
     return [{"n": n, "score": float(scores[row]), **chunks[row]} for n, row in enumerate(best, 1)]
 
 
