@@ -942,7 +942,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             PARSER.error(f"{path} does not exist")
     for question in args.question:
         if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
+            PARSER.error(f"{question} is a file, not a question: use --docs for each file")
     if args.question and not args.docs:
         PARSER.error("questions of your own need --docs; the page takes others by typing")
     if args.docs and args.export and not args.question:

@@ -1086,7 +1086,7 @@ def main(argv: list[str] | None = None) -> int:
             PARSER.error(f"{path} does not exist")
     for question in args.question:
         if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a file, not a question: give each file its own --docs")
+            PARSER.error(f"{question} is a file, not a question: use --docs for each file")
     code = 0
     try:
         code = asyncio.run(answer_all(open_store(args))) if args.question else serve(args)

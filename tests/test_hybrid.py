@@ -353,7 +353,7 @@ def test_a_reply_that_breaks_off_is_kept_and_exit_1(llm, ask, fault):
         ("--host 0.0.0.0", "RAG_API_KEY"),
         ("--retrieve-only --embed-model /no x", "/no"),
         ("--retrieve-only --reranker cross-encoder --rerank-model /no x", "/no"),
-        ("pyproject.toml", "its own --docs"),
+        ("pyproject.toml", "use --docs for each file"),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_a_line(ask, args, text):
