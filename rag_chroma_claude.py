@@ -85,8 +85,6 @@ def load_documents(paths: list[str]) -> list[Chunk]:
                 documents += read_file(file)
             except Exception as error:
                 say(f"skipped {file}: {error}")
-    if not documents:
-        raise ValueError(f"nothing to index in {' '.join(paths)}")
     return documents
 
 
@@ -163,8 +161,8 @@ def update_index(chunks: list[Chunk], args: Namespace) -> Any:
     kept: set[str] = set()
     for start in range(0, collection.count(), EMBED_BATCH):  # Chroma Cloud returns 300 at most
         kept.update(collection.get(include=[], limit=EMBED_BATCH, offset=start)["ids"])
-    if not chunks and not kept:
-        raise ValueError(f"{args.index} is empty: name the --docs")
+    if not chunks and (args.docs or not kept):
+        raise ValueError("no text in --docs, or no chunks in --index")
     # A reader may see old chunks and new ones; after a kill, the next run does what is left.
     wanted = {sha256(json.dumps(chunk).encode()).hexdigest(): chunk for chunk in chunks}
     missing = [key for key in wanted if key not in kept]
@@ -277,11 +275,8 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 
 # --- command line ---
 
-SAMPLES = [
-    "The lighthouse on Brannock Skerry was lit for the first time in 1874. It has 144 steps.",
-    "The ferry to Brannock Skerry sails at 9:15 and 14:40. The crossing takes 55 minutes.",
-]
-QUESTIONS = ["How long does the ferry's crossing take?", "Which team won the football cup?"]
+SAMPLES = ["Skarn's lighthouse was first lit in 1874.", "The ferry to Skarn takes 55 minutes."]
+QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument

@@ -119,8 +119,6 @@ def load_documents(paths: list[str]) -> list[Chunk]:
                 documents += read_file(file)
             except Exception as error:
                 say(f"skipped {file}: {error}")
-    if not documents:
-        raise ValueError(f"nothing to index in {' '.join(paths)}")
     return documents
 
 

@@ -80,8 +80,6 @@ def load_documents(paths: list[str]) -> list[Chunk]:
                 documents += read_file(file)
             except Exception as error:
                 say(f"skipped {file}: {error}")
-    if not documents:
-        raise ValueError(f"nothing to index in {' '.join(paths)}")
     return documents
 
 
@@ -135,8 +133,8 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
         vectors[text] = vector
         if source:  # else a run that was killed, or is not done, has embedded it
             kept.append({"text": text, "source": source, "page": page})
-    if not chunks and not kept:
-        raise ValueError(f"no chunks of {model} in {args.index}: set --docs or its --embed-model")
+    if not chunks and (args.docs or not kept):
+        raise ValueError(f"no text in --docs, or no chunks of {model} in --index")
     chunks = chunks or kept
     missing = [chunk["text"] for chunk in chunks if chunk["text"] not in vectors]
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
@@ -283,11 +281,8 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 
 # --- command line ---
 
-SAMPLES = [
-    "The lighthouse on Brannock Skerry was lit for the first time in 1874. It has 144 steps.",
-    "The ferry to Brannock Skerry sails at 9:15 and 14:40. The crossing takes 55 minutes.",
-]
-QUESTIONS = ["How long does the ferry's crossing take?", "Which team won the football cup?"]
+SAMPLES = ["Skarn's lighthouse was first lit in 1874.", "The ferry to Skarn takes 55 minutes."]
+QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument

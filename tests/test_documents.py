@@ -124,9 +124,8 @@ def test_a_file_without_readable_text_is_named_and_the_rest_is_read(tmp_path, ca
     assert caplog.messages == [], "what a library logs is printed, and names no file"
 
 
-def test_an_empty_folder_is_an_error_and_an_empty_password_no_lock(tmp_path):
-    with pytest.raises(ValueError, match=f"nothing to index in {tmp_path}"):
-        load(tmp_path)
+def test_an_empty_folder_has_no_documents_and_an_empty_password_is_no_lock(tmp_path):
+    assert load(tmp_path) == []
     write_encrypted_pdf(tmp_path / "open.pdf", "")
     assert "Brindle" in texts(load(tmp_path))[0]
 

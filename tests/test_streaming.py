@@ -17,7 +17,7 @@ from test_contract import CUP, FERRY, LIGHTHOUSE, call
 
 import rag_streaming as rag
 
-ANSWER = "The lighthouse on Brannock Skerry was lit for the first time in 1874. [1]"
+ANSWER = "Skarn's lighthouse was first lit in 1874. [1]"
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_each_token_is_printed_as_it_comes(llm, monkeypatch):
     os.close(reading)
     assert b"".join(data for _, data in reads).endswith(f"\nAnswer: {ANSWER}\n".encode())
     finished = llm.chat_requests[0].finished
-    assert sum(seen < finished for seen, _ in reads) >= 10  # of 14 words
+    assert sum(seen < finished for seen, _ in reads) >= 5  # of 8 words
 
 
 def test_json_has_the_time_of_the_first_token(ask, llm):
@@ -69,7 +69,7 @@ def test_json_has_the_time_of_the_first_token(ask, llm):
     assert 0.05 <= record["seconds"]["first_token"] < record["seconds"]["generate"] - 0.3
 
 
-PIECE = 'data: {"choices": [{"index": 0, "delta": {"content": "The lighthouse on"}}]}\n\n'
+PIECE = """data: {"choices": [{"index": 0, "delta": {"content": "Skarn's lighthouse was"}}]}\n\n"""
 BROKEN = {
     "just ends": {"body": PIECE, "content_type": "text/event-stream"},
     "is cut": {"cut_after": 3},
@@ -82,9 +82,9 @@ def test_a_stream_that_breaks_is_an_error_and_what_came_of_it_is_kept(ask, llm, 
     llm.fail(path="/chat", containing=LIGHTHOUSE, times=None, **BROKEN[how])
     done = ask("--json", LIGHTHOUSE, FERRY)
     broken, answered = done.records
-    assert (done.code, broken["answer"], bool(broken["error"])) == (1, "The lighthouse on", True)
+    assert (done.code, broken["answer"], bool(broken["error"])) == (1, "Skarn's lighthouse was", True)
     assert "55 minutes" in answered["answer"]
-    assert "Answer: The lighthouse on\n" in ask(LIGHTHOUSE).out
+    assert "Answer: Skarn's lighthouse was\n" in ask(LIGHTHOUSE).out
 
 
 def test_stdin_has_a_question_a_line_if_none_is_given(ask, stdin):
@@ -134,10 +134,10 @@ def test_a_chat_on_a_terminal(llm):
 
     assert "Ctrl-D leaves" in type_and_wait("", "\n> ")
     llm.token_delay = 1
-    type_and_wait(f"{LIGHTHOUSE}\n", "Answer: The lighthouse")
+    type_and_wait(f"{LIGHTHOUSE}\n", "Answer: Skarn's lighthouse")
     assert "1874" not in type_and_wait("\x03", "\n> ")
     llm.token_delay = 0
-    assert "crossing takes 55 minutes. [1]\n" in type_and_wait("And how long is it?\n", "\n> ")
+    assert "takes 55 minutes. [1]\n" in type_and_wait("And how long is it?\n", "\n> ")
     assert llm.embedded_texts[-1] == FERRY
     _, rewrite, answer = llm.chat_requests
     assert LIGHTHOUSE in rewrite.text
