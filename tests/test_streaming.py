@@ -69,7 +69,8 @@ def test_json_has_the_time_of_the_first_token(ask, llm):
     assert 0.05 <= record["seconds"]["first_token"] < record["seconds"]["generate"] - 0.3
 
 
-PIECE = """data: {"choices": [{"index": 0, "delta": {"content": "Skarn's lighthouse was"}}]}\n\n"""
+BEGUN = "Skarn's lighthouse was"
+PIECE = f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{BEGUN}"}}}}]}}\n\n'
 BROKEN = {
     "just ends": {"body": PIECE, "content_type": "text/event-stream"},
     "is cut": {"cut_after": 3},
@@ -82,9 +83,9 @@ def test_a_stream_that_breaks_is_an_error_and_what_came_of_it_is_kept(ask, llm, 
     llm.fail(path="/chat", containing=LIGHTHOUSE, times=None, **BROKEN[how])
     done = ask("--json", LIGHTHOUSE, FERRY)
     broken, answered = done.records
-    assert (done.code, broken["answer"], bool(broken["error"])) == (1, "Skarn's lighthouse was", True)
+    assert (done.code, broken["answer"], bool(broken["error"])) == (1, BEGUN, True)
     assert "55 minutes" in answered["answer"]
-    assert "Answer: Skarn's lighthouse was\n" in ask(LIGHTHOUSE).out
+    assert f"Answer: {BEGUN}\n" in ask(LIGHTHOUSE).out
 
 
 def test_stdin_has_a_question_a_line_if_none_is_given(ask, stdin):
