@@ -66,7 +66,7 @@ def read_file(file: Path) -> list[Chunk]:
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
-    if not "".join(texts).strip() or "\0" in texts[0]:
+    if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
         raise ValueError("there is no text in it (a scan needs OCR first)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
@@ -162,7 +162,7 @@ def update_index(chunks: list[Chunk], args: Namespace) -> Any:
     for start in range(0, collection.count(), EMBED_BATCH):  # Chroma Cloud returns 300 at most
         kept.update(collection.get(include=[], limit=EMBED_BATCH, offset=start)["ids"])
     if not chunks and (args.docs or not kept):
-        raise ValueError("no text in --docs, or no chunks in --index")
+        raise ValueError(f"no chunks in {args.docs or args.index}")
     # A reader may see old chunks and new ones; after a kill, the next run does what is left.
     wanted = {sha256(json.dumps(chunk).encode()).hexdigest(): chunk for chunk in chunks}
     missing = [key for key in wanted if key not in kept]
@@ -205,8 +205,8 @@ def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
-    for n, hit in enumerate(hits, 1):
-        prompt += f'<{tag} n="{n}" source={json.dumps(hit["source"])}>\n{hit["text"]}\n</{tag}>\n\n'
+    for hit in hits:
+        prompt += f'<{tag} n="{hit["n"]}" source={hit["source"]!r}>\n{hit["text"]}\n</{tag}>\n\n'
     prompt += f"Question: {question}"
     if args.show_prompt:
         say(f"{SYSTEM_PROMPT}\n\n{prompt}")
@@ -225,7 +225,7 @@ def connect(args: Namespace) -> None:
     args.index = args.index or args.chroma_url
     key = os.environ.get("ANTHROPIC_API_KEY", "")
     if key.split() != [key] and not args.retrieve_only:
-        raise ValueError("ANTHROPIC_API_KEY is not set or has blanks: export it, see .env.example")
+        raise ValueError("ANTHROPIC_API_KEY is not set, or contains whitespace: export it")
     import anthropic
 
     args.client = anthropic.Anthropic(timeout=300)  # it retries after 429 and 5xx
@@ -282,7 +282,7 @@ RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage
 add = PARSER.add_argument
 add("question", nargs="*", help="without --docs and --index: the demonstration's questions")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep the index there; without --docs, ask it")
+add("--index", type=Path, metavar="PATH", help="keep --docs indexed there; without --docs, ask it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
@@ -304,12 +304,12 @@ def main(argv: list[str] | None = None) -> int:
         args = PARSER.parse_intermixed_args(argv)
         if args.top_k < 1:
             PARSER.error("--top-k must be 1 or more")
-        for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
+        for path in filter(None, args.docs or [args.index]):
             if not Path(path).exists():
                 PARSER.error(f"{path} does not exist")
         for question in args.question:
             if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-                PARSER.error(f"{question} is a file, not a question: use --docs for each file")
+                PARSER.error(f"{question} is a path, not a question: use --docs for each path")
         start = time.perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]

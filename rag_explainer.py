@@ -100,7 +100,7 @@ def read_file(file: Path) -> list[Chunk]:
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
-    if not "".join(texts).strip() or "\0" in texts[0]:
+    if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
         raise ValueError("there is no text in it (a scan needs OCR first)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
@@ -940,7 +940,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             PARSER.error(f"{path} does not exist")
     for question in args.question:
         if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a file, not a question: use --docs for each file")
+            PARSER.error(f"{question} is a path, not a question: use --docs for each path")
     if args.question and not args.docs:
         PARSER.error("questions of your own need --docs; the page takes others by typing")
     if args.docs and args.export and not args.question:

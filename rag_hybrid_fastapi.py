@@ -92,7 +92,7 @@ def read_pages(name: str, content: bytes) -> list[str]:
         plain: Any = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
         pages = [markdownify(pages[0], heading_style="ATX", strip=["a", "img"], **plain)]
     text = "".join(pages)
-    if not text.strip() or "\0" in text:
+    if not text.strip() or (kind != ".pdf" and "\0" in text):
         raise ValueError("there is no text in it (a scan needs OCR first)")
     return [page.encode(errors="replace").decode() for page in pages]  # no lone surrogates of PDFs
 
@@ -519,8 +519,8 @@ def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
-    for n, hit in enumerate(hits, 1):
-        prompt += f'<{tag} n="{n}" source={json.dumps(hit["source"])}>\n{hit["text"]}\n</{tag}>\n\n'
+    for hit in hits:
+        prompt += f'<{tag} n="{hit["n"]}" source={hit["source"]!r}>\n{hit["text"]}\n</{tag}>\n\n'
     prompt += f"Question: {question}"
     if args.show_prompt:
         say(f"{SYSTEM_PROMPT}\n\n{prompt}")
@@ -543,7 +543,7 @@ def connect(args: Namespace) -> None:
     args.llm, args.model = llm, args.model or LLM_MODELS.get(llm)
     key = os.environ.get(KEYS[llm], "") if llm in KEYS else "-"
     if key.split() != [key]:
-        raise ValueError(f"{KEYS[llm]} is not set or has blanks: export it, or see .env.example")
+        raise ValueError(f"{KEYS[llm]} is not set, or contains whitespace: export it")
     if llm == "claude":
         args.client = anthropic.AsyncAnthropic(timeout=120)
     if llm == "openai":
@@ -1086,7 +1086,7 @@ def main(argv: list[str] | None = None) -> int:
             PARSER.error(f"{path} does not exist")
     for question in args.question:
         if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a file, not a question: use --docs for each file")
+            PARSER.error(f"{question} is a path, not a question: use --docs for each path")
     code = 0
     try:
         code = asyncio.run(answer_all(open_store(args))) if args.question else serve(args)

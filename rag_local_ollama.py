@@ -70,7 +70,7 @@ def read_file(file: Path) -> list[Chunk]:
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
-    if not "".join(texts).strip() or "\0" in texts[0]:
+    if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
         raise ValueError("there is no text in it (a scan needs OCR first)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
@@ -147,24 +147,24 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
     if not db.execute("SELECT * FROM sqlite_master").fetchone():  # else ours, or SELECT fails below
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
         db.execute(f"CREATE TABLE IF NOT EXISTS chunks ({columns})")
-    model, kept, vectors = args.embed_model, [], {}  # vectors: float32 by text, bytes or arrays
+    kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays
     select = "SELECT text, source, page, vector FROM chunks WHERE model = ? ORDER BY rowid"
-    for text, source, page, vector in db.execute(select, [model]):
+    for text, source, page, vector in db.execute(select, [args.embed_model]):
         vectors[text] = vector
-        if source:  # else a run that was killed, or is not done, has embedded it
+        if source:  # else it was embedded by a run that has not finished
             kept.append({"text": text, "source": source, "page": page})
     if not chunks and (args.docs or not kept):
-        raise ValueError(f"no text in --docs, or no chunks of {model} in --index")
+        raise ValueError(f"no chunks of {args.embed_model} in {args.docs or args.index}")
     chunks = chunks or kept
     missing = [chunk["text"] for chunk in chunks if chunk["text"] not in vectors]
     for start in tqdm(range(0, len(missing), EMBED_BATCH), "embedding", disable=None):
         batch = missing[start : start + EMBED_BATCH]
         vectors.update(zip(batch, embed(batch, args), strict=True))
-        rows = [(text, model, vectors[text]) for text in batch]
+        rows = [(text, args.embed_model, vectors[text]) for text in batch]
         with db:  # one transaction per batch: the next run resumes where one was killed
             db.executemany("INSERT OR IGNORE INTO chunks VALUES (?, NULL, NULL, ?, ?)", rows)
     if chunks != kept:
-        rows = [(*chunk.values(), model, vectors[chunk["text"]]) for chunk in chunks]
+        rows = [(*chunk.values(), args.embed_model, vectors[chunk["text"]]) for chunk in chunks]
         with db:  # one transaction for all: other processes see the old content or the new
             db.execute("DELETE FROM chunks")  # those of other models too
             db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
@@ -200,8 +200,8 @@ def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
-    for n, hit in enumerate(hits, 1):
-        prompt += f'<{tag} n="{n}" source={json.dumps(hit["source"])}>\n{hit["text"]}\n</{tag}>\n\n'
+    for hit in hits:
+        prompt += f'<{tag} n="{hit["n"]}" source={hit["source"]!r}>\n{hit["text"]}\n</{tag}>\n\n'
     prompt += f"Question: {question}"
     if args.show_prompt:
         say(f"{SYSTEM_PROMPT}\n\n{prompt}")
@@ -357,7 +357,7 @@ RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage
 add = PARSER.add_argument
 add("question", nargs="*", help="without --docs and --index: the demonstration's questions")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep the index there; without --docs, ask it")
+add("--index", type=Path, metavar="PATH", help="keep --docs indexed there; without --docs, ask it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
@@ -379,12 +379,12 @@ def main(argv: list[str] | None = None) -> int:
         args = PARSER.parse_intermixed_args(argv)
         if args.top_k < 1:
             PARSER.error("--top-k must be 1 or more")
-        for path in args.docs or [args.index or "."]:  # without --docs, the index must exist
+        for path in filter(None, args.docs or [args.index]):
             if not Path(path).exists():
                 PARSER.error(f"{path} does not exist")
         for question in args.question:
             if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-                PARSER.error(f"{question} is a file, not a question: use --docs for each file")
+                PARSER.error(f"{question} is a path, not a question: use --docs for each path")
         start = time.perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]

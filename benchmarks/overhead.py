@@ -301,7 +301,7 @@ def start(options: argparse.Namespace) -> Iterator[bool]:
 
 def messages_about_samples(ours: Any, args: Any) -> list[Any]:
     """What a script sends for its first question."""
-    hits = [{"text": text, "source": "sample"} for text in ours.SAMPLES]
+    hits = [{"n": 1, "text": text, "source": "sample"} for text in ours.SAMPLES]
     return ours.build_prompt(ours.QUESTIONS[0], hits, args)
 
 

@@ -156,7 +156,7 @@ def test_help_and_usage_errors_take_under_a_second_and_import_nothing_heavy(scri
         (["--top-k", "0", "x"], "--top-k must be 1 or more"),
         (["--docs", "no/such/folder", "x"], "no/such/folder does not exist"),
         (["--index", "mistyped.db", "x"], "mistyped.db does not exist"),
-        (["--docs", "dam.txt", "ferry.txt"], "ferry.txt is a file"),
+        (["--docs", "dam.txt", "ferry.txt"], "ferry.txt is a path"),
     ],
 )
 def test_a_usage_error_is_exit_2_with_a_hint(ask, server, notes, monkeypatch, args, hint):
@@ -308,7 +308,7 @@ def test_ctrl_c_is_exit_130(ask, server):
         return "Too late."
 
     server.reply = interrupt
-    assert ask(LIGHTHOUSE, FERRY).code == 130
+    assert ask(LIGHTHOUSE).code == 130
 
 
 # --- services that fail ---
@@ -456,7 +456,7 @@ def test_documents_without_text_are_an_error_and_not_the_old_index(ask, kept, no
         done = ask("--docs", notes, *args, LIGHTHOUSE)
         assert (done.code, done.out) == (2, "")
         assert "skipped" in done.err
-        assert done.err.splitlines()[-1].startswith("error: no text in --docs")
+        assert str(notes) in done.err.splitlines()[-1]
 
 
 @with_sqlite

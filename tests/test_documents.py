@@ -42,9 +42,9 @@ def test_a_file_of_each_kind_is_read(samples):
 
 
 def test_the_pages_of_a_pdf_keep_their_numbers_even_after_a_blank_one(tmp_path):
-    pages = load(write_pdf(tmp_path / "gaps.pdf", "First.", "", "Third."))
+    pages = load(write_pdf(tmp_path / "gaps.pdf", "First\0.", "", "Third."))
     chunks = rag.split_documents(pages, rag.SPLITTER)
-    assert [(chunk["page"], chunk["text"]) for chunk in chunks] == [(1, "First."), (3, "Third.")]
+    assert [(chunk["page"], chunk["text"]) for chunk in chunks] == [(1, "First\0."), (3, "Third.")]
 
 
 def test_a_folder_is_read_with_its_subfolders_and_nothing_hidden(tmp_path, capsys):
@@ -74,7 +74,8 @@ def test_a_file_of_any_name_is_read_and_can_be_sent(tmp_path, name):
     path.write_text("Some text.")
     sources = [document["source"] for document in load(path, folder)]
     assert sources == [str(path).replace("\udce9", "\ufffd")] * 2
-    messages = rag.build_prompt("Why?", load(folder), Namespace(show_prompt=False))
+    hits = [{"n": 1, **document} for document in load(folder)]
+    messages = rag.build_prompt("Why?", hits, Namespace(show_prompt=False))
     assert messages[1]["content"].encode()
 
 

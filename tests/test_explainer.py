@@ -388,7 +388,7 @@ def test_the_embedder_reads_each_sentence_whole_and_a_question_that_it_cuts_says
         (["--docs", "empty", "x"], "nothing to index in empty"),
         (["--docs", "marks", "x"], "nothing to index in marks"),
         (["my question"], "need --docs"),
-        (["--docs", "marks", "marks/a.txt"], "is a file, not a question"),
+        (["--docs", "marks", "marks/a.txt"], "is a path, not a question"),
         (["--docs", "marks", "--export", "x.html"], "name some for --docs"),
         (["--export", "missing/x.html"], "can't write missing/x.html: name a file"),
         (["--export", "empty"], "can't write empty: name a file"),

@@ -166,7 +166,7 @@ def test_the_context_keeps_its_budget_with_whole_chunks_and_says_what_it_leaves_
 def test_no_passage_can_close_its_tag(args):
     closing = ""
     for _ in range(3):
-        given = [passages(f"The pump.\n{closing}")[0] | {"source": f'a"{closing}'}]
+        given = [passages(f"The pump.\n{closing}")[0] | {"n": 1, "source": f'a"{closing}'}]
         prompt = rag.build_prompt("What now?", given, args)[1]["content"]
         [closing] = re.findall(r"\n(</passage-\w+>)\n\nQuestion: What now\?$", prompt)
         assert prompt.count(closing) == 1
@@ -353,7 +353,7 @@ def test_a_reply_that_breaks_off_is_kept_and_exit_1(llm, ask, fault):
         ("--host 0.0.0.0", "RAG_API_KEY"),
         ("--retrieve-only --embed-model /no x", "/no"),
         ("--retrieve-only --reranker cross-encoder --rerank-model /no x", "/no"),
-        ("pyproject.toml", "use --docs for each file"),
+        ("pyproject.toml", "use --docs for each path"),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_a_line(ask, args, text):

@@ -183,7 +183,7 @@ FAULTS = {
     "no system role": ('"role": "system"', '"role": "instructions"'),
     "the farthest first": ("in enumerate(found, 1)]", "in enumerate(reversed([*found]), 1)]"),
     "no question": ('prompt += f"Question: {question}"', "pass"),
-    "a passage too few": ("(hits, 1):\n        prompt", "(hits[1:], 1):\n        prompt"),
+    "a passage too few": ("in hits:\n        prompt", "in hits[1:]:\n        prompt"),
     "long vectors": ("return vectors / np", "return vectors * 2 / np"),
 }
 
