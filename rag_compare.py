@@ -101,7 +101,7 @@ def read_questions(lines: str, docs: list[str]) -> list[Question]:
             if isinstance(label, str):
                 named = sum(is_named(p.as_posix(), label) and p.is_file() for p in paths)
                 if named != 1:
-                    raise ValueError(f"questions, line {n}: {label} names {named} documents")
+                    raise ValueError(f"questions, line {n}: {label} names {named} files in {docs}")
         questions.append(question)
     return questions
 

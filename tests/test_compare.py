@@ -374,8 +374,8 @@ def test_an_interrupt_leaves_the_signals_as_they_were(files, monkeypatch):
         ('{"question": "A?"}\n{"question": 3}', "line 2: question Input should be a valid string"),
         ('{"question": " "}', "line 1: question String should have at least 1 char"),
         ('{"question": "A?", "relevent": []}', "line 1: relevent Extra inputs"),
-        ('{"question": "A?", "relevant": ["x.md"]}', "line 1: x.md names 0 documents"),
-        ('{"question": "A?", "relevant": ["a.md"]}', "line 1: a.md names 2 documents"),
+        ('{"question": "A?", "relevant": ["x.md"]}', "line 1: x.md names 0 files in"),
+        ('{"question": "A?", "relevant": ["a.md"]}', "line 1: a.md names 2 files in"),
     ],
 )
 def test_a_bad_line_of_the_questions_is_named(files, capsys, lines, told):
@@ -395,7 +395,7 @@ def test_a_bad_line_of_the_questions_is_named(files, capsys, lines, told):
         (["fake.py 'open", *GIVEN], "No closing quotation"),
         (["fake.py", *GIVEN, "--report", "no/r.html"], "no/r.html"),
         (["fake.py", *GIVEN, "--price", "gpt-5", "1", "x"], "could not convert string to float"),
-        (["fake.py", "--docs", "no", "--questions", "q.jsonl"], "mill.md names 0 documents"),
+        (["fake.py", "--docs", "no", "--questions", "q.jsonl"], "mill.md names 0 files in ['no']"),
         (["fake.py", "--docs", "notes", "--questions", "no.jsonl"], "no.jsonl"),
         (["--docs", "notes"], "go together"),
         (["--top-k", "0"], "--top-k must be 1 or more"),
