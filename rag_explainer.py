@@ -1023,8 +1023,10 @@ body {
   margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 1rem/1.5 system-ui, sans-serif;
 }
-header, section { max-width: 76rem; margin: 0 auto; padding: 0 1.25rem; }
-header { padding-top: 3rem; padding-bottom: 1.5rem; }
+header, section, footer { max-width: 76rem; margin: 0 auto; padding-inline: 1.25rem; }
+header { padding-block: 3rem 1.5rem; }
+section { padding-block: 3rem; border-top: 1px solid var(--line); }
+footer { padding-block: 1rem 6rem; }
 #contents { columns: 2; margin: 1rem 0; padding-left: 1.6rem; font-size: .95rem; }
 #contents ::marker { color: var(--muted); }
 a { color: var(--accent); text-underline-offset: .2em; }
@@ -1037,18 +1039,16 @@ h3 { margin: 0 0 .3rem; font-size: 1.1rem; }
 p { margin: 0 0 .8rem; }
 .prose p { font-size: 1.08rem; line-height: 1.6; }
 dfn { font-style: italic; font-weight: 600; }
-section { padding-block: 3rem; border-top: 1px solid var(--line); }
 .pair { display: grid; gap: 1rem; }
 .prose { margin-bottom: 1.5rem; }
 @media (min-width: 62rem) {
   header { display: grid; grid-template-columns: minmax(0, 1fr) 17rem; gap: 3rem; }
   #contents { columns: 1; margin: .4rem 0 0; line-height: 1.75; }
   section { display: grid; grid-template-columns: 21rem minmax(0, 1fr); gap: 3rem; }
-  .prose { position: sticky; top: 5.5rem; align-self: start; }
+  .prose { position: sticky; top: 5.5rem; align-self: start; margin: 0; }
   .pair { grid-template-columns: 1fr 1fr; gap: 1.5rem; }
-  .prose { margin: 0; }
 }
-.muted { color: var(--muted); font-size: .875rem; }
+.muted, figcaption { color: var(--muted); font-size: .875rem; }
 .error, .wrong { color: var(--bad); }
 .right { color: var(--good); }
 .verdict { min-height: 1.5em; margin: .6rem 0 0; font-weight: 600; }
@@ -1071,11 +1071,10 @@ input { accent-color: var(--accent); }
 .asked { min-height: 1.5em; }
 .row > label, .row > output { font-size: .95rem; }
 #bar {
-  position: sticky; top: 0; z-index: 3; background: var(--page);
-  border-block: 1px solid var(--line);
+  position: sticky; top: 0; z-index: 3; display: flex; align-items: center; gap: .6rem;
+  padding: .5rem max(1.25rem, 50% - 36.75rem); border-block: 1px solid var(--line);
+  background: var(--page);
 }
-#bar > div { display: flex; align-items: center; gap: .6rem; max-width: 76rem; margin: 0 auto;
-  padding: .5rem 1.25rem; }
 #bar select { min-width: 0; }
 #bar .word { flex: none; }
 #domain { flex: 0 0 10rem; }
@@ -1083,16 +1082,18 @@ input { accent-color: var(--accent); }
 #summary { flex: 0 0 auto; }
 @media (max-width: 45rem) { #summary, #bar .word { display: none; } #domain { flex: 0 0 7.2rem; } }
 figure { margin: 0 0 1rem; }
-figcaption { color: var(--muted); font-size: .875rem; }
 svg { display: block; }
-.map { width: 100%; height: auto; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); }
+.map, .lane, .card, #prompt, pre {
+  border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
+}
+.map { width: 100%; height: auto; }
+.lane { padding: .8rem; }
+.card, #prompt { padding: 1rem; }
 .map text, .heat text { fill: var(--text); }
 .map text { font-size: calc(15px * var(--unit)); paint-order: stroke; stroke: var(--card);
   stroke-width: calc(4px * var(--unit)); }
 .dot { fill: var(--muted); }
-.lit .dot { fill: var(--accent); }
-.found .dot { fill: var(--accent); }
+.lit .dot, .found .dot { fill: var(--accent); }
 .true, .false, .near { stroke-width: calc(2px * var(--unit)); }
 .true { stroke: var(--edge); }
 .false { stroke: var(--bad); stroke-dasharray: 5 4; }
@@ -1105,7 +1106,6 @@ svg { display: block; }
 #handle:focus-visible .halo { fill-opacity: .25; stroke: var(--accent); stroke-width: 2; }
 ol.sentences { margin: 0; padding-left: 2rem; font-size: .95rem; }
 ol.sentences li { padding: .15rem .3rem; border-radius: .3rem; }
-ol.sentences .shared { color: var(--muted); }
 .lit { background: var(--soft); }
 .meter { display: grid; grid-template-columns: 4rem 1fr; gap: .1rem .7rem; margin: .5rem 0; }
 .meter b { font-size: 1.1rem; font-variant-numeric: tabular-nums; }
@@ -1115,9 +1115,8 @@ ol.sentences .shared { color: var(--muted); }
 .scroll { max-height: 36rem; margin-bottom: .8rem; overflow: auto; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
+  vertical-align: top; overflow-wrap: break-word; }
 th { color: var(--muted); font-weight: 600; }
-td, th { overflow-wrap: break-word; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 td:has(bdi) { min-width: 6.5rem; }
@@ -1131,16 +1130,13 @@ td:has(bdi) { min-width: 6.5rem; }
 .tokens li { display: grid; min-width: 3.6rem; padding: .15rem .35rem .25rem; border-radius: .3rem;
   background: var(--soft); }
 .tokens .word { white-space: pre; font-weight: 600; }
-.tokens .p { font-size: .72rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tokens .p, .tokens .mark { font-size: .72rem; line-height: 1.25; }
+.tokens .p { font-variant-numeric: tabular-nums; }
 .tokens .track { height: .3rem; background: var(--page); }
 .tokens .less > span { background: var(--edge); }
 .tokens .copied { background: var(--good-soft); box-shadow: inset 0 -3px var(--good); }
-.tokens .mark { min-height: 1.25em; color: var(--good); font-size: .72rem; font-weight: 600;
-  line-height: 1.25; }
-.lane { padding: .8rem; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); }
-#prompt { padding: 1rem; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); font: .9rem/1.6 ui-monospace, monospace; min-height: 18rem; }
+.tokens .mark { min-height: 1.25em; color: var(--good); font-weight: 600; }
+#prompt { min-height: 18rem; font: .9rem/1.6 ui-monospace, monospace; }
 #prompt > * { display: block; white-space: pre-wrap; }
 #prompt .note { margin-top: .6rem; color: var(--muted); font: .8rem system-ui, sans-serif; }
 #prompt .mark { color: var(--muted); }
@@ -1157,21 +1153,17 @@ td:has(bdi) { min-width: 6.5rem; }
 .formula { font: italic 1.25rem Charter, Georgia, serif; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
   gap: 1rem; }
-.card { padding: 1rem; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); }
 .card .outcome { min-height: 8.5rem; padding-top: .7rem; border-top: 1px dashed var(--line); }
 details { grid-column: 2; min-width: 0; margin-top: .8rem; }
 summary { color: var(--accent); cursor: pointer; }
 pre { max-height: 28rem; margin: .5rem 0 0; padding: .8rem; overflow: auto;
-  border: 1px solid var(--line); border-radius: .5rem; background: var(--card);
-  font: .78rem/1.5 ui-monospace, monospace; overflow-wrap: normal; }
+  border-radius: .5rem; font: .78rem/1.5 ui-monospace, monospace; overflow-wrap: normal; }
 pre .remark { color: var(--muted); }
 pre .keyword { color: var(--accent); }
 #model { max-height: 40rem; }
 #tour { position: fixed; inset: auto 1rem 1rem auto; z-index: 4; width: min(26rem, 100vw - 2rem);
   padding: 1rem 1.1rem .3rem; border: 1px solid var(--accent); border-radius: .8rem;
   background: var(--card); box-shadow: 0 .3rem 1.5rem #0004; }
-footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
 @media (max-width: 45rem) {
   #tour { inset: auto 0 0 0; width: 100%; padding: .5rem 1rem 0; border-radius: 0;
     font-size: .9rem; line-height: 1.35; }
@@ -1222,13 +1214,11 @@ footer { max-width: 76rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; }
   </ol></nav>
 </header>
 <nav id="bar" aria-label="What is asked">
-  <div>
-    <label class="word" for="domain">Texts on</label><select id="domain" aria-label="Texts on"
-    ></select>
-    <label class="word" for="question">Question</label><select id="question"
-      aria-label="Question"></select>
-    <span id="summary" class="muted"></span>
-  </div>
+  <label class="word" for="domain">Texts on</label>
+  <select id="domain" aria-label="Texts on"></select>
+  <label class="word" for="question">Question</label>
+  <select id="question" aria-label="Question"></select>
+  <span id="summary" class="muted"></span>
 </nav>
 <main>
 
@@ -1917,11 +1907,10 @@ function verdict(answer, question) {
     (right ? "✓ Right." : `✗ Wrong: it is “${question.expected}”.`) + cut);
 }
 
-function listing(numbers, shared = []) {
+function listing(numbers) {
   return make("ol", { className: "sentences" }, ...numbers.map((n) => {
     const item = numbered("li", n, quote(domain().sentences[n]));
     item.value = n + 1;
-    item.classList.toggle("shared", shared.includes(n));
     return item;
   }));
 }
