@@ -1015,8 +1015,6 @@ PAGE = r"""<!doctype html>
   --soft: light-dark(#eaeff6, #28323f);   --bad: light-dark(#a8232b, #ff9d9d);
   --good: light-dark(#1c6b3c, #86d7a2);   --good-soft: light-dark(#dff1e5, #1d3a2a);
 }
-:root[data-look="Light"] { color-scheme: light; }
-:root[data-look="Dark"] { color-scheme: dark; }
 * { box-sizing: border-box; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body {
@@ -1174,7 +1172,7 @@ pre .keyword { color: var(--accent); }
   .track { forced-color-adjust: none; }
 }
 @media print {
-  :root, :root[data-look] { color-scheme: light; }
+  :root { color-scheme: light !important; }
   #bar, #tour { display: none; }
   .prose { position: static; }
 }
@@ -1496,15 +1494,13 @@ const track = (share, className = "") => {
 // under a finger; a screen reader does not hear the same again.
 function fill(element, ...children) {
   const key = children.map((child) => child.outerHTML ?? child.textContent ?? child).join();
-  if (filled.get(element) === key) return;
-  filled.set(element, key);
+  if (element.filled === key) return;
+  element.filled = key;
   element.replaceChildren(...children);
 }
-const filled = new WeakMap();
 
 const percent = (p) => p < 0.001 ? "<0.1%" : `${(p * 100).toFixed(p < 0.1 ? 1 : 0)}%`;
 function scientific(log10) {
-  if (!Number.isFinite(log10)) return "0";
   if (log10 > -3 && log10 < 3) return (10 ** log10).toPrecision(3);
   const power = Math.floor(log10);
   return `${(10 ** (log10 - power)).toFixed(1)} \u00d7 10${superscript(power)}`;
@@ -1562,11 +1558,10 @@ function mmr(likeness, cosines, k, lambda) {
   return taken;
 }
 
-// Another question or other places undo what was chosen by hand.
+// Whatever retrieval depends on undoes what was chosen by hand.
 function change(changes) {
-  const fresh = ["domain", "question", "moved", "k", "mmr", "lambda"].some((key) => key in changes);
-  if (fresh) Object.assign(state, { byHand: null, off: new Set() });
-  if ("question" in changes || "domain" in changes) state.moved = null;
+  if (!("off" in changes)) Object.assign(state, { byHand: null, off: new Set() });
+  if ("question" in changes) state.moved = null;
   Object.assign(state, changes);
   state.k = Math.min(state.k, domain().sentences.length);
   render();
@@ -2514,13 +2509,12 @@ function buildPromptAgain() {
   renderPrompt();
 }
 
-function setLook(look) { // the button names the other look
-  document.documentElement.dataset.look = look;
-  $("look").textContent = look === "Dark" ? "Light look" : "Dark look";
+function setLook(isDark) { // the button names the other look
+  document.documentElement.style.colorScheme = isDark ? "dark" : "light";
+  $("look").textContent = isDark ? "Light look" : "Dark look";
+  $("look").onclick = () => setLook(!isDark);
 }
-$("look").onclick = () =>
-  setLook(document.documentElement.dataset.look === "Dark" ? "Light" : "Dark");
-setLook(matchMedia("(prefers-color-scheme: dark)").matches ? "Dark" : "Light");
+setLook(matchMedia("(prefers-color-scheme: dark)").matches);
 load().then(start);
 </script>
 </body>
