@@ -1512,14 +1512,13 @@ const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
 let data; // see `collect` in the Python
 const state = {
-  domain: 0, question: null, // one of the domain's, or one that was typed
+  domain: 0, question: null, // one of the domain's, to which typed ones are added
   moved: null,               // where the point was dragged to, [x, y]
   k: 2, mmr: false, lambda: 0.5, temperature: 0.1,
   byHand: null,              // sentences that no retrieval chose
   off: new Set(),            // sentences that are switched off
   lessons: 0,                // the domain that the failures are about
 };
-const own = []; // typed questions
 const domain = () => data.domains[state.domain];
 
 // The data is in the page, as gzip in base64.
@@ -1597,17 +1596,17 @@ function take(answer, event) {
   answer.done = "stopped" in event;
 }
 
+function wanted() { // the answers that are looked at
+  const { on, nearest, diverse } = place();
+  return [...[[], on, nearest, diverse].map((numbers) => answerFor(numbers)),
+    ...cards.filter(({ shown }) => shown).map(({ shown }) => answerOf(shown))];
+}
 let queue = Promise.resolve(); // one at a time: they would only share the processor
-let wanted = () => [];         // the answers that are looked at
 function want(answer) {
   if (answer.done || answer.error || answer.queued) return answer;
   answer.queued = true;
-  queue = queue.then(() => wanted().includes(answer) ? compute(answer) : forget(answer))
-    .catch(console.error);
+  queue = queue.then(() => compute(answer)).catch(console.error);
   return answer;
-}
-function forget(answer) {
-  answers.delete(answer.key);
 }
 
 // Asks the server, which answers with one JSON object a line. Network chunks end anywhere, so the
@@ -1637,6 +1636,7 @@ function leaveUnwanted() { // a long prompt takes seconds to read: nobody waits 
   if (running && !wanted().includes(running.answer)) running.stop.abort();
 }
 async function compute(answer) {
+  if (!wanted().includes(answer)) return answers.delete(answer.key);
   const stop = new AbortController();
   running = { answer, stop };
   const body = { domain: answer.d, question: answer.question.text, on: answer.on };
@@ -1647,7 +1647,7 @@ async function compute(answer) {
     }
     if (!answer.done) throw new Error("The answer broke off: reload the page.");
   } catch (error) {
-    if (stop.signal.aborted) return forget(answer);
+    if (stop.signal.aborted) return answers.delete(answer.key);
     answer.error = error.message;
     renderAnswers();
   } finally {
@@ -1696,7 +1696,7 @@ for (const map of all(".map")) {
 let scale; // of the domain: {toScreen, toPlane}; one length for both axes, so that no distance lies
 function setScale() {
   const { points, questions } = domain();
-  const every = [...points, ...questions.map(({ point }) => point), state.question.point];
+  const every = [...points, ...questions.map(({ point }) => point)];
   const [xs, ys] = [0, 1].map((axis) => every.map((point) => point[axis]));
   const center = [xs, ys].map((values) => (Math.min(...values) + Math.max(...values)) / 2);
   const spans = [xs, ys].map((values) => Math.max(...values) - Math.min(...values));
@@ -1794,6 +1794,8 @@ function renderPoints() {
 
 let parts; // of the map in 3: its dots, lines, handle; and the table's rows
 function buildMap() {
+  const key = JSON.stringify([state.domain, state.question.point]);
+  if (key === parts?.key) return; // a new map would drop the point that is being moved
   const [x, y] = scale.toScreen(state.question.point);
   const labelled = [-35, 0, 35].map((right) => [x + right * UNIT, y - 27 * UNIT]);
   const dots = drawPoints([[x, y], ...labelled]);
@@ -1811,7 +1813,7 @@ function buildMap() {
     const row = numbered("tr", n, make("td", {}, `${n + 1}. `, quote(text)), ...cells);
     return { row, cells };
   });
-  parts = { dots, lines, handle, label, rows, order: "" };
+  parts = { key, dots, lines, handle, label, rows, order: "" };
 }
 
 // All that a drag changes: it must fit into a frame.
@@ -1956,7 +1958,7 @@ function buildPrompt(found) {
     n % 2 ? make("span", { className: "mark" }, part) : part);
   const note = (text) => make("span", { className: "note" }, text);
   const boxes = found.map((n) => {
-    const box = make("input", { type: "checkbox", value: n, checked: true });
+    const box = make("input", { type: "checkbox", value: n, checked: !state.off.has(n) });
     box.onchange = () => {
       const off = new Set(state.off);
       if (box.checked) off.delete(n);
@@ -2342,7 +2344,7 @@ function endTour() {
 
 const visible = new Set(); // sections on the screen: only what is looked at is computed
 const seen = (id) => visible.has(id);
-let players = [];
+const players = [new Player(1), new Player(6)];
 
 function renderAnswers() {
   leaveUnwanted();
@@ -2353,15 +2355,14 @@ function renderAnswers() {
   renderCards();
 }
 function render() {
-  const options = [...domain().questions, ...own.filter(({ d }) => d === state.domain)];
-  if (!options.includes(state.question)) state.question = options[0];
+  const { questions } = domain();
   const option = ({ text }, n) => make("option", { value: n }, text);
-  $("question").replaceChildren(...options.map(option));
-  $("question").value = options.indexOf(state.question);
+  $("question").replaceChildren(...questions.map(option));
+  $("question").value = questions.indexOf(state.question);
   $("domain").value = state.domain;
   setScale();
   renderPoints();
-  buildMapOnce();
+  buildMap();
   renderPlace();
   $("k").max = domain().sentences.length;
   $("k").value = state.k;
@@ -2372,28 +2373,21 @@ function render() {
   renderPrompt();
   renderAnswers();
 }
-let mapped = null; // a rebuilt map would drop the point that is being moved
-function buildMapOnce() {
-  const key = JSON.stringify([state.domain, state.question.point]);
-  if (key !== mapped) buildMap();
-  mapped = key;
-}
 
-let asked = 0;
 async function askOwn(event) {
   event.preventDefault();
-  const number = asked += 1;
-  const text = $("typed").value.trim(), d = state.domain;
+  const text = $("typed").value.trim(), { questions } = domain();
   if (!text) return;
   $("typed-note").textContent = "Placing it ...";
   try {
-    let question = own.find((old) => old.d === d && old.text === text);
+    let question = questions.find((old) => old.text === text);
     if (!question) {
-      const { value } = await post("embed", { domain: d, question: text, on: [] }).next();
-      question = { ...value, text, expected: "", lesson: "", d };
-      own.push(question);
+      const body = { domain: state.domain, question: text, on: [] };
+      const { value } = await post("embed", body).next();
+      question = { ...value, text, expected: "", lesson: "" };
+      questions.push(question);
     }
-    if (asked !== number || state.domain !== d) return; // something else was chosen meanwhile
+    if (domain().questions !== questions) return; // another domain was chosen meanwhile
     $("typed-note").textContent = "Its real point is in the picture."
       + (question.cut ? " The embedder reads only its first 256 tokens." : "");
     change({ question });
@@ -2422,10 +2416,7 @@ function start(loaded) {
     $("domains").append(button);
   });
   $("domain").onchange = () => chooseDomain(Number($("domain").value));
-  $("question").onchange = () => {
-    const options = [...domain().questions, ...own.filter(({ d }) => d === state.domain)];
-    change({ question: options[$("question").value] });
-  };
+  $("question").onchange = () => change({ question: domain().questions[$("question").value] });
   $("k").oninput = () => change({ k: Number($("k").value) });
   $("back").onclick = () => change({ moved: null });
   $("lambda").oninput = () => change({ lambda: Number($("lambda").value) });
@@ -2434,7 +2425,7 @@ function start(loaded) {
     const question = domain().questions.find(({ lesson }) => lesson === "redundant");
     change({ question, k: data.defaults.k, lambda: data.defaults.diversity });
   };
-  $("assemble").onclick = () => buildPromptAgain();
+  $("assemble").onclick = () => buildPrompt(place().found);
   $("all-on").onclick = () => change({ off: new Set() });
   $("temperature").oninput = () => {
     state.temperature = 10 ** Number($("temperature").value);
@@ -2487,12 +2478,6 @@ function start(loaded) {
   document.onpointerover = light;
   document.addEventListener("focusin", light);
 
-  players = [new Player(1), new Player(6)];
-  wanted = () => {
-    const { on, nearest, diverse } = place();
-    return [...[[], on, nearest, diverse].map((numbers) => answerFor(numbers)),
-      ...cards.filter(({ shown }) => shown).map(({ shown }) => answerOf(shown))];
-  };
   state.lessons = data.scenes[0].fails.domain;
   chooseDomain(data.defaults.domain);
   const watcher = new IntersectionObserver((entries) => {
@@ -2503,10 +2488,6 @@ function start(loaded) {
     renderAnswers();
   }, { rootMargin: "-10% 0px" });
   for (const section of all("section")) watcher.observe(section);
-}
-function buildPromptAgain() {
-  assembled = "";
-  renderPrompt();
 }
 
 function setLook(isDark) { // the button names the other look
