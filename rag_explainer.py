@@ -1655,33 +1655,28 @@ async function compute(answer) {
   }
 }
 
-// What `explain_answer` returns, of these sentences: {answer, after: log p after each, none: log p}
-const sums = new Map();
-let summed = ""; // the sum that is looked at
-function sumFor(on, answer) {
-  const q = domain().questions.indexOf(state.question);
-  const stored = data.marginals[`${state.domain}/${q}`];
+// What `explain_answer` returns, of sentences zs: {answer, after: log p after each, none: log p}.
+function sumFor(zs, answer) {
   if (data.exported) {
-    return stored ? { ...stored, after: on.map((n) => stored.after[n]) } : { error: MISSING };
+    const q = domain().questions.indexOf(state.question);
+    const stored = data.marginals[`${state.domain}/${q}`];
+    return stored ? { ...stored, after: zs.map((n) => stored.after[n]) } : { error: MISSING };
   }
-  const ids = answer.tokens.map((token) => token.id);
-  const key = JSON.stringify([state.domain, state.question.text, on, ids]);
-  summed = key;
-  if (!sums.has(key) && seen("s8")) {
-    sums.set(key, null);
-    const body = { domain: state.domain, question: state.question.text, on, answer: ids };
-    const work = async () => {
-      if (summed !== key) return sums.delete(key);
-      try {
-        sums.set(key, (await post("marginal", body).next()).value);
-      } catch (error) {
-        sums.set(key, { error: error.message });
-      }
-      renderAnswers();
-    };
-    queue = queue.then(work).catch(console.error);
+  if (!answer.isSumQueued && seen("s8")) {
+    answer.isSumQueued = true;
+    queue = queue.then(() => computeSum(zs, answer)).catch(console.error);
   }
-  return sums.get(key);
+  return answer.sum;
+}
+async function computeSum(zs, answer) {
+  answer.isSumQueued = answer === answerFor(place().on); // else nobody looks at it any more
+  if (!answer.isSumQueued) return;
+  const ids = answer.tokens.map(({ id }) => id);
+  const body = { domain: answer.d, question: answer.question.text, on: zs, answer: ids };
+  const toError = ({ message }) => ({ value: { error: message } });
+  const { value } = await post("marginal", body).next().catch(toError);
+  answer.sum = value;
+  renderAnswers();
 }
 
 // ---- 2 and 3: the picture ----
@@ -1997,8 +1992,7 @@ class Player {
       button("Step", () => { this.pause(); this.step(); }),
       button("All at once", () => { this.pause(); this.shown = Infinity; this.render(); }),
       button("From the start", () => { this.shown = 0; this.play(); }), this.count);
-    this.playing = false;
-    this.keys = "";
+    setInterval(() => this.playing && this.step(), 280);
   }
   answers() {
     const { on } = place();
@@ -2010,18 +2004,10 @@ class Player {
   play() {
     if (this.ended) this.shown = 0;
     this.playing = true;
-    this.isNew = false;
-    clearInterval(this.timer);
-    this.timer = setInterval(() => this.step(), 280);
-    this.render();
-  }
-  again() { // from the start, as soon as it is looked at
-    this.keys = "";
     this.render();
   }
   pause() {
     this.playing = false;
-    clearInterval(this.timer);
     this.render();
   }
   step() {
@@ -2031,16 +2017,15 @@ class Player {
     else this.render();
   }
   render() {
-    const answers = this.answers(), isSeen = seen(this.section.id);
-    if (isSeen) answers.forEach(want);
+    const answers = this.answers();
+    if (seen(this.section.id)) answers.forEach(want);
     const keys = JSON.stringify([state.domain, state.question.text, place().on]);
     if (keys !== this.keys) { // other answers: from the start, or all where motion is not wanted
       this.keys = keys;
       this.shown = still.matches ? Infinity : 0;
-      this.isNew = !still.matches;
+      this.playing = !still.matches;
       for (const lane of this.lanes) lane.querySelector("ol").replaceChildren();
     }
-    if (isSeen && this.isNew) return this.play();
     this.toggle.textContent = this.playing ? "Pause" : "Play";
     this.count.textContent = `${Math.min(this.shown, this.total)} of ${this.total} tokens`;
     this.lanes.forEach((lane, n) => this.renderLane(lane, answers[n]));
@@ -2251,15 +2236,15 @@ const LESSONS = { // the title, the reason, what mends it
     + "does not name. A second search, for what the first one found, would find it.",
     "Hand it both sentences"],
 };
+const sceneOf = (name) =>
+  data.scenes.find(({ lesson, fails }) => lesson === name && fails.domain === state.lessons);
 let cards = [];
 function buildCards() {
-  const names = Object.keys(LESSONS);
-  const scenes = data.scenes
-    .filter(({ lesson, fails }) => fails.domain === state.lessons && lesson in LESSONS)
-    .sort((a, b) => names.indexOf(a.lesson) - names.indexOf(b.lesson));
-  cards = scenes.map((scene) => {
-    const [title, reason, cure] = LESSONS[scene.lesson];
-    const outcome = make("div", { className: "outcome", role: "status" });
+  cards = Object.entries(LESSONS).flatMap(([lesson, [title, reason, cure]]) => {
+    const scene = sceneOf(lesson);
+    if (!scene) return [];
+    const outcome = make("div", { className: "outcome", role: "status" },
+      make("p", { className: "muted" }, "The model's answer will stand here."));
     const card = { outcome, shown: null };
     const button = (text, part, className) => make("button", { className,
       onclick: () => { card.shown = part; stage(part); } }, text);
@@ -2268,9 +2253,6 @@ function buildCards() {
         button("Make it fail", scene.fails, "main"), button(cure, scene.works, "")), outcome);
     return card;
   });
-  for (const { outcome } of cards) {
-    outcome.append(make("p", { className: "muted" }, "The model's answer will stand here."));
-  }
   $("cards").replaceChildren(...cards.map(({ element }) => element));
   $("cards").dataset.lessons = state.lessons;
 }
@@ -2301,8 +2283,7 @@ function renderCards() {
 // ---- The tour ----
 
 const plain = () => stage({ domain: state.lessons, question: 0, choice: "nearest" });
-const redundantScene = () => stage(data.scenes.find(({ lesson, fails }) =>
-  lesson === "redundant" && fails.domain === state.lessons).fails);
+const redundantScene = () => stage(sceneOf("redundant").fails);
 const TOUR = [ // the section, what is said, what is set up, and what a phone shows of it
   ["s1", "A question about a made-up thing. Watch the model write its answer, token by token. It "
     + "reads well, however low the probabilities, and it is wrong.", plain, "#s1 .lane"],
@@ -2330,8 +2311,8 @@ function tour(to) {
   $("tour-text").textContent = text;
   $("tour-back").disabled = step === 0;
   $("tour-next").textContent = step === TOUR.length - 1 ? "Finish" : "Next";
+  for (const player of players) player.keys = ""; // each starts again
   prepare();
-  for (const player of players) if (player.section.id === id) player.again();
   document.querySelector(UNIT > 1 ? part : `#${id}`).scrollIntoView();
   $("tour-next").focus({ preventScroll: true });
 }
