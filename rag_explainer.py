@@ -1057,7 +1057,7 @@ button, select, input[type="text"] {
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 button:disabled, input:disabled { opacity: .6; cursor: default; }
-button.main, button[aria-pressed="true"] {
+button.main:enabled, button[aria-pressed="true"] {
   border-color: var(--accent); background: var(--accent); color: var(--on-accent);
 }
 input[type="range"] { width: 100%; max-width: 20rem; min-height: 1.6rem; }
@@ -1304,7 +1304,8 @@ pre .keyword { color: var(--accent); }
       it is plain retrieval; lower, a copy makes room for something new.</p>
   </div>
   <div>
-    <div class="row"><button id="show-redundant">Ask the question that shows it</button></div>
+    <div class="row">
+      <button id="show-redundant" class="main">Ask the question that shows it</button></div>
     <div class="row">
       <label for="lambda">λ, from difference (0) to relevance (1)</label>
       <input id="lambda" type="range" min="0" max="1" step="0.05">
@@ -1521,13 +1522,6 @@ const state = {
 };
 const domain = () => data.domains[state.domain];
 
-// The data is in the page, as gzip in base64.
-function load() {
-  const bytes = Uint8Array.from(atob($("data").textContent), (letter) => letter.charCodeAt(0));
-  const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Response(plain).json();
-}
-
 // Distances and choices that follow from the state. A point moved within the plane keeps what the
 // plane leaves out: |q - z|^2 = |their distance in it|^2 + residual (Pythagoras).
 function place() {
@@ -1673,9 +1667,11 @@ async function computeSum(zs, answer) {
   if (!answer.isSumQueued) return;
   const ids = answer.tokens.map(({ id }) => id);
   const body = { domain: answer.d, question: answer.question.text, on: zs, answer: ids };
-  const toError = ({ message }) => ({ value: { error: message } });
-  const { value } = await post("marginal", body).next().catch(toError);
-  answer.sum = value;
+  try {
+    answer.sum = (await post("marginal", body).next()).value;
+  } catch ({ message }) {
+    answer.sum = { error: message };
+  }
   renderAnswers();
 }
 
@@ -1787,34 +1783,32 @@ function renderPoints() {
   }
 }
 
-let parts; // of the map in 3: its dots, lines, handle; and the table's rows
+let parts; // of the map in 3: its dots, lines, handle
 function buildMap() {
   const key = JSON.stringify([state.domain, state.question.point]);
   if (key === parts?.key) return; // a new map would drop the point that is being moved
   const [x, y] = scale.toScreen(state.question.point);
   const labelled = [-35, 0, 35].map((right) => [x + right * UNIT, y - 27 * UNIT]);
   const dots = drawPoints([[x, y], ...labelled]);
-  const lines = dots.map(() => line([0, 0], [0, 0], "near"));
+  const lines = draw("g");
   const label = draw("text", { class: "seen-as", x: 0, y: -22 * UNIT, "text-anchor": "middle" });
   const handle = draw("g", { id: "handle", tabindex: 0, role: "slider", "aria-valuemin": -2,
     "aria-valuemax": 2, "aria-label": "The question's point; arrow keys move it" },
     draw("circle", { r: 24 * UNIT, class: "halo" }),
     draw("path", { d: "M0-11 11 0 0 11-11 0Z", transform: `scale(${UNIT})` }), label);
-  handle.onpointerdown = grab;
+  handle.onpointerdown = ({ pointerId }) => handle.setPointerCapture(pointerId);
+  handle.onpointermove = drag;
+  handle.onlostpointercapture = render;
   handle.onkeydown = push;
-  $("map").replaceChildren(...lines, ...dots, handle, makeWords());
-  const rows = domain().sentences.map((text, n) => {
-    const cells = [0, 1, 2].map(() => make("td", { className: "number" }));
-    const row = numbered("tr", n, make("td", {}, `${n + 1}. `, quote(text)), ...cells);
-    return { row, cells };
-  });
-  parts = { key, dots, lines, handle, label, rows, order: "" };
+  $("map").replaceChildren(lines, ...dots, handle, makeWords());
+  parts = { key, dots, lines, handle, label };
 }
 
 // All that a drag changes: it must fit into a frame.
 function renderPlace() {
   const { at, squares, exact, order, found } = place();
-  const { dots, lines, handle, label, rows } = parts;
+  const { points, sentences } = domain();
+  const { dots, lines, handle, label } = parts;
   const [x, y] = scale.toScreen(at);
   handle.setAttribute("transform", `translate(${x} ${y})`);
   handle.setAttribute("aria-valuenow", at[0].toFixed(2));
@@ -1822,22 +1816,17 @@ function renderPlace() {
   const who = state.moved ? "moved" : "the question";
   handle.setAttribute("aria-valuetext", `${who}; nearest are sentences ${near}`);
   label.textContent = state.moved ? "what if?" : "question";
-  domain().points.forEach((point, n) => {
-    const isFound = found.includes(n);
-    dots[n].classList.toggle("found", isFound);
-    rows[n].row.classList.toggle("found", isFound);
-    lines[n].style.display = isFound ? "" : "none";
-    const [u, v] = scale.toScreen(point);
-    const ends = { x1: x, y1: y, x2: u, y2: v };
-    for (const [name, value] of Object.entries(ends)) lines[n].setAttribute(name, value);
-    const cosine = state.moved ? "-" : state.question.similarities[n].toFixed(2);
-    [Math.sqrt(squares[n]).toFixed(2), Math.sqrt(exact[n]).toFixed(2), cosine]
-      .forEach((text, column) => { rows[n].cells[column].textContent = text; });
+  dots.forEach((dot, n) => dot.classList.toggle("found", found.includes(n)));
+  lines.replaceChildren(...found.map((n) => line([x, y], scale.toScreen(points[n]), "near")));
+  const number = (text) => make("td", { className: "number" }, text);
+  const rows = order.map((n) => {
+    const row = numbered("tr", n, make("td", {}, `${n + 1}. `, quote(sentences[n])),
+      number(Math.sqrt(squares[n]).toFixed(2)), number(Math.sqrt(exact[n]).toFixed(2)),
+      number(state.moved ? "-" : state.question.similarities[n].toFixed(2)));
+    row.classList.toggle("found", found.includes(n));
+    return row;
   });
-  if (parts.order !== String(order)) {
-    $("distances").tBodies[0].replaceChildren(...order.map((n) => rows[n].row));
-    parts.order = String(order);
-  }
+  $("distances").tBodies[0].replaceChildren(...rows);
   const seenNearest = squares.indexOf(Math.min(...squares));
   const gap = Math.sqrt(exact[seenNearest]) - Math.sqrt(exact[order[0]]);
   $("disagree").textContent = gap < 0.005
@@ -1855,18 +1844,11 @@ function move(point) { // within the picture
   Object.assign(state, { moved: scale.toPlane(inside), byHand: null, off: new Set() });
   renderPlace();
 }
-function grab(event) {
-  const handle = parts.handle;
-  handle.setPointerCapture(event.pointerId);
-  handle.onpointermove = ({ clientX, clientY }) => {
-    const box = $("map").getBoundingClientRect();
-    move(scale.toPlane([(clientX - box.left) * WIDTH / box.width,
-      (clientY - box.top) * HEIGHT / box.height]));
-  };
-  handle.onpointerup = handle.onpointercancel = () => {
-    handle.onpointermove = handle.onpointerup = handle.onpointercancel = null;
-    render();
-  };
+function drag({ pointerId, clientX, clientY }) {
+  if (!parts.handle.hasPointerCapture(pointerId)) return;
+  const box = $("map").getBoundingClientRect();
+  move(scale.toPlane([(clientX - box.left) * WIDTH / box.width,
+    (clientY - box.top) * HEIGHT / box.height]));
 }
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 let settle; // the rest of the page follows when the keys rest
@@ -1911,10 +1893,10 @@ function renderRedundancy() {
   const { nearest, diverse } = place();
   const { cosines, questions } = domain();
   const redundant = questions.find((question) => question.lesson === "redundant");
-  $("show-redundant").disabled = !redundant || state.question === redundant;
-  $("show-redundant").className = $("show-redundant").disabled ? "" : "main";
-  $("copies").textContent = !redundant || state.question === redundant ? ""
-    : "No copies crowd out the answer to this question: MMR can only harm here.";
+  const isOther = redundant && state.question !== redundant;
+  $("show-redundant").disabled = !isOther;
+  $("copies").textContent = isOther
+    ? "No copies crowd out the answer to this question: MMR can only harm here." : "";
   $("lambda").value = state.lambda;
   $("lambda-value").textContent = state.lambda.toFixed(2);
   $("mmr").checked = state.mmr;
@@ -2056,17 +2038,14 @@ function tokenItem({ text, p_with, p_without, copied }, isBare) {
 // ---- 7: attention ----
 
 const heat = { choice: "copying", row: 0, column: 0, answer: null };
-const unpack = (text) => {
-  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  return [...new Uint16Array(bytes.buffer)].map((number) => number / 65_535);
-};
 const alike = (a, b) => a.trim().toLowerCase() === b.trim().toLowerCase();
 
 // The maps of an answer, unpacked, with the mean of the copying heads before them.
 function mapsOf(answer) {
   if (answer.maps) return answer.maps;
   const { maps: names, shape: [, rows, columns], shares } = answer.attention;
-  const all = unpack(shares);
+  const { buffer } = Uint8Array.fromBase64(shares);
+  const all = [...new Uint16Array(buffer)].map((number) => number / 65_535);
   const maps = names.map((name, m) => {
     const whole = [...Array(rows).keys()].map((r) => {
       const start = (m * rows + r) * columns;
@@ -2383,8 +2362,10 @@ function highlight(source) {
     n % 2 ? make("span", { className: /^["#]/.test(part) ? "remark" : "keyword" }, part) : part);
 }
 
-function start(loaded) {
-  data = loaded;
+async function start() {
+  const bytes = Uint8Array.fromBase64($("data").textContent); // gzip in base64
+  const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  data = await new Response(plain).json();
   Object.assign(state, data.defaults, { lambda: data.defaults.diversity });
   $("mode").textContent = data.exported
     ? "This is an exported file: the answers to its questions were computed before."
@@ -2477,7 +2458,7 @@ function setLook(isDark) { // the button names the other look
   $("look").onclick = () => setLook(!isDark);
 }
 setLook(matchMedia("(prefers-color-scheme: dark)").matches);
-load().then(start);
+start();
 </script>
 </body>
 </html>
