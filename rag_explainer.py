@@ -1064,9 +1064,7 @@ input[type="range"] { width: 100%; max-width: 20rem; min-height: 1.6rem; }
 input { accent-color: var(--accent); }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-bottom: .8rem; }
 .row > input[type="text"] { flex: 1 1 12rem; min-width: 0; }
-.row[data-player], #domains { min-height: 2.4rem; }
 [data-player] button:first-child { min-width: 5rem; }
-.asked { min-height: 1.5em; }
 .row > label, .row > output { font-size: .95rem; }
 #bar {
   position: sticky; top: 0; z-index: 3; display: flex; align-items: center; gap: .6rem;
@@ -1074,10 +1072,9 @@ input { accent-color: var(--accent); }
   background: var(--page);
 }
 #bar select { min-width: 0; }
-#bar .word { flex: none; }
+#bar .word, #summary { flex: none; }
 #domain { flex: 0 0 10rem; }
 #question { flex: 1 1 10rem; text-overflow: ellipsis; }
-#summary { flex: 0 0 auto; }
 @media (max-width: 45rem) { #summary, #bar .word { display: none; } #domain { flex: 0 0 7.2rem; } }
 figure { margin: 0 0 1rem; }
 svg { display: block; }
@@ -1586,8 +1583,7 @@ function answerFor(on, d = state.domain, question = state.question) {
 // Adds to an answer what `generate` yields.
 function take(answer, event) {
   if (event.token) answer.tokens.push(event.token);
-  else Object.assign(answer, event);
-  answer.done = "stopped" in event;
+  else Object.assign(answer, event); // at the end with `stopped`
 }
 
 function wanted() { // the answers that are looked at
@@ -1597,7 +1593,7 @@ function wanted() { // the answers that are looked at
 }
 let queue = Promise.resolve(); // one at a time: they would only share the processor
 function want(answer) {
-  if (answer.done || answer.error || answer.queued) return answer;
+  if (answer.stopped || answer.error || answer.queued) return answer;
   answer.queued = true;
   queue = queue.then(() => compute(answer)).catch(console.error);
   return answer;
@@ -1626,9 +1622,6 @@ async function* post(path, body, signal) {
 }
 
 let running = null; // the answer that is computed, and how to stop that
-function leaveUnwanted() { // a long prompt takes seconds to read: nobody waits for an old one
-  if (running && !wanted().includes(running.answer)) running.stop.abort();
-}
 async function compute(answer) {
   if (!wanted().includes(answer)) return answers.delete(answer.key);
   const stop = new AbortController();
@@ -1639,7 +1632,7 @@ async function compute(answer) {
       take(answer, event);
       renderAnswers();
     }
-    if (!answer.done) throw new Error("The answer broke off: reload the page.");
+    if (!answer.stopped) throw new Error("The answer broke off: reload the page.");
   } catch (error) {
     if (stop.signal.aborted) return answers.delete(answer.key);
     answer.error = error.message;
@@ -1866,19 +1859,20 @@ function push(event) {
 
 // ---- 4: redundancy ----
 
-function verdict(answer, question) {
+function verdict(answer) {
+  const { expected } = answer.question;
   if (answer.error === MISSING) {
     const k = data.defaults.k, onclick = () => change({ moved: null, mmr: false, k });
     return make("p", { className: "muted" }, `${MISSING}. `,
       make("button", { onclick }, `Back to the ${k} nearest`));
   }
   if (answer.error) return make("p", { className: "error" }, answer.error);
-  if (!answer.done) return make("p", { className: "muted" }, "The model is writing ...");
-  if (!question.expected) return make("p", { className: "muted" }, "Right? Compare with 2.");
-  const right = answer.answer.toLowerCase().includes(question.expected.toLowerCase());
+  if (!answer.stopped) return make("p", { className: "muted" }, "The model is writing ...");
+  if (!expected) return make("p", { className: "muted" }, "Right? Compare with 2.");
+  const right = answer.answer.toLowerCase().includes(expected.toLowerCase());
   const cut = answer.stopped === "length" ? ` (Cut after ${answer.tokens.length} tokens.)` : "";
   return make("p", { className: right ? "right" : "wrong" },
-    (right ? "✓ Right." : `✗ Wrong: it is “${question.expected}”.`) + cut);
+    (right ? "✓ Right." : `✗ Wrong: it is “${expected}”.`) + cut);
 }
 
 function listing(numbers) {
@@ -1912,7 +1906,7 @@ function renderRedundancy() {
     if (seen("s4")) want(answer);
     fill($(id), make("h3", {}, title), listing(numbers),
       make("p", { className: "muted" }, likest), make("p", {}, quote(answer.answer ?? "")),
-      verdict(answer, state.question));
+      verdict(answer));
   }
 }
 
@@ -1966,7 +1960,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 class Player {
   constructor(number) {
     this.section = $(`s${number}`);
-    this.lanes = [...this.section.querySelectorAll(".lane")];
+    this.lists = [...this.section.querySelectorAll("ol")];
     const button = (text, onclick) => make("button", { onclick }, text);
     this.toggle = button("Pause", () => this.playing ? this.pause() : this.play());
     this.count = make("span", { className: "muted" });
@@ -1978,11 +1972,12 @@ class Player {
   }
   answers() {
     const { on } = place();
-    return this.lanes.map((lane) =>
-      answerFor(lane.querySelector("ol").dataset.lane === "on" ? on : []));
+    return this.lists.map((list) => answerFor(list.dataset.lane === "on" ? on : []));
   }
   get total() { return Math.max(...this.answers().map(({ tokens }) => tokens.length)); }
-  get ended() { return this.shown >= this.total && this.answers().every((a) => a.done || a.error); }
+  get ended() {
+    return this.shown >= this.total && this.answers().every((a) => a.stopped || a.error);
+  }
   play() {
     if (this.ended) this.shown = 0;
     this.playing = true;
@@ -2006,23 +2001,23 @@ class Player {
       this.keys = keys;
       this.shown = still.matches ? Infinity : 0;
       this.playing = !still.matches;
-      for (const lane of this.lanes) lane.querySelector("ol").replaceChildren();
+      for (const list of this.lists) list.replaceChildren();
     }
     this.toggle.textContent = this.playing ? "Pause" : "Play";
     this.count.textContent = `${Math.min(this.shown, this.total)} of ${this.total} tokens`;
-    this.lanes.forEach((lane, n) => this.renderLane(lane, answers[n]));
+    this.lists.forEach((list, n) => this.renderLane(list, answers[n]));
   }
-  renderLane(lane, answer) {
-    const list = lane.querySelector("ol"), isBare = list.dataset.lane === "bare";
+  renderLane(list, answer) {
+    const isBare = list.dataset.lane === "bare", status = list.nextElementSibling;
     const fresh = answer.tokens.slice(list.childElementCount);
     list.append(...fresh.map((token) => tokenItem(token, isBare)));
     [...list.children].forEach((item, n) => item.classList.toggle("later", n >= this.shown));
     list.ariaBusy = String(this.playing);
-    const done = answer.error || (answer.done && this.shown >= answer.tokens.length);
+    const done = answer.error || (answer.stopped && this.shown >= answer.tokens.length);
     const waits = answer.tokens.length || answer.error ? "" : "The model reads the prompt ...";
-    const says = done ? verdict(answer, state.question) : make("p", { className: "muted" }, waits);
-    fill(lane.querySelector(".verdict"), ...says.childNodes);
-    lane.querySelector(".verdict").className = `verdict ${says.className}`;
+    const says = done ? verdict(answer) : make("p", { className: "muted" }, waits);
+    fill(status, ...says.childNodes);
+    status.className = `verdict ${says.className}`;
   }
 }
 function tokenItem({ text, p_with, p_without, copied }, isBare) {
@@ -2069,10 +2064,10 @@ function renderHeat() {
   $("heads-all").ariaPressed = String(heat.choice === "all heads");
   $("heads-copy").ariaPressed = String(heat.choice === "copying");
   $("heads").value = heat.choice;
-  if (!answer.done || !answer.columns.length || !answer.tokens.length) {
+  if (!answer.stopped || !answer.columns.length || !answer.tokens.length) {
     heat.answer = null;
     $("heat").replaceChildren();
-    const writing = answer.done ? "It wrote nothing." : "The model is writing ...";
+    const writing = answer.stopped ? "It wrote nothing." : "The model is writing ...";
     $("heat-text").textContent = answer.error
       || (on.length ? writing : "No sentence is on: there is nothing to look at.");
     $("heat-sum").textContent = "";
@@ -2096,11 +2091,9 @@ function renderHeat() {
   const edges = shown.flatMap((c, at) => !isFirst(c, at) ? [] : [
     line([x(at), 0], [x(at), height], "edge"), draw("text", { class: "group", x: x(at) + 4, y: 13 },
       `sentence ${on[columns[c].sentence] + 1}`)]);
-  const heads = shown.map((c, at) => {
-    const label = draw("text", { transform: `translate(${x(at) + 15} ${TOP - 8}) rotate(-55)` });
-    label.append(columns[c].text.trim().slice(0, 14));
-    return label;
-  });
+  const heads = shown.map((c, at) => draw("text", {
+    transform: `translate(${x(at) + 15} ${TOP - 8}) rotate(-55)`,
+  }, columns[c].text.trim().slice(0, 14)));
   const cells = tokens.flatMap((token, r) => shown.flatMap((c, at) => {
     const box = { x: x(at) + 1, y: y(r) + 1, width: CELL - 2, height: CELL - 2, rx: 3 };
     const share = map.rows[r][c], same = alike(columns[c].text, token.text);
@@ -2162,14 +2155,14 @@ function renderSum() {
   if (seen("s8")) want(answer);
   $("temperature").value = Math.log10(state.temperature);
   $("temperature-value").textContent = state.temperature.toFixed(2);
-  const ready = zs.length && (data.exported || (answer.done && answer.tokens.length));
+  const ready = zs.length && (data.exported || (answer.stopped && answer.tokens.length));
   const explained = ready ? sumFor(zs, answer) : null;
   const body = $("sum").tBodies[0];
   if (!explained || explained.error) {
     body.replaceChildren();
     $("y").textContent = "";
     const empty = !zs.length ? "No sentence is on: there is nothing to sum up."
-      : answer.done && !answer.tokens.length ? "It wrote nothing." : "The model is reading ...";
+      : answer.stopped && !answer.tokens.length ? "It wrote nothing." : "The model is reading ...";
     $("odds").textContent = explained?.error || answer.error || empty;
     return;
   }
@@ -2249,13 +2242,12 @@ function renderCards() {
   for (const { outcome, shown } of cards) {
     if (!shown) continue;
     const answer = want(answerOf(shown));
-    const { sentences, questions } = data.domains[shown.domain];
-    const question = questions[shown.question];
+    const { sentences } = data.domains[shown.domain];
     const few = shown.on.length > 3 ? `all ${shown.on.length} sentences`
       : shown.on.map((n) => `“${sentences[n]}”`).join(" ");
-    fill(outcome, make("p", {}, make("b", {}, quote(question.text))),
+    fill(outcome, make("p", {}, make("b", {}, quote(answer.question.text))),
       make("p", { className: "muted" }, "In the prompt: ", quote(few)),
-      make("p", {}, quote(answer.answer ?? "")), verdict(answer, question));
+      make("p", {}, quote(answer.answer ?? "")), verdict(answer));
   }
 }
 
@@ -2302,12 +2294,12 @@ function endTour() {
 
 // ---- The page ----
 
-const visible = new Set(); // sections on the screen: only what is looked at is computed
-const seen = (id) => visible.has(id);
+const seen = (id) => $(id).isSeen; // on the screen: only what is looked at is computed
 const players = [new Player(1), new Player(6)];
 
 function renderAnswers() {
-  leaveUnwanted();
+  // A long prompt takes seconds to read: nobody waits for an old one.
+  if (running && !wanted().includes(running.answer)) running.stop.abort();
   for (const player of players) player.render();
   renderRedundancy();
   renderHeat();
@@ -2374,8 +2366,7 @@ async function start() {
 
   data.domains.forEach(({ name }, n) => {
     $("domain").append(make("option", { value: n }, name));
-    const button = make("button", { value: n, onclick: () => chooseDomain(n) }, quote(name));
-    $("domains").append(button);
+    $("domains").append(make("button", { value: n, onclick: () => chooseDomain(n) }, quote(name)));
   });
   $("domain").onchange = () => chooseDomain(Number($("domain").value));
   $("question").onchange = () => change({ question: domain().questions[$("question").value] });
@@ -2443,10 +2434,7 @@ async function start() {
   state.lessons = data.scenes[0].fails.domain;
   chooseDomain(data.defaults.domain);
   const watcher = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) visible.add(target.id);
-      else visible.delete(target.id);
-    }
+    for (const { target, isIntersecting } of entries) target.isSeen = isIntersecting;
     renderAnswers();
   }, { rootMargin: "-10% 0px" });
   for (const section of all("section")) watcher.observe(section);
