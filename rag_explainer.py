@@ -1708,9 +1708,8 @@ function drawPoints(others) {
     const title = draw("title", {}, domain().sentences[n]);
     const dot = draw("circle", { cx: x, cy: y, r: 6 * UNIT, class: "dot" });
     const name = `${n + 1}. ${domain().sentences[n]}`;
-    const group = draw("g", { role: "img", "aria-label": name, tabindex: n ? -1 : 0 },
+    const group = draw("g", { role: "img", "aria-label": name, tabindex: n ? -1 : 0, "data-n": n },
       title, dot, label);
-    group.dataset.n = n;
     group.onkeydown = goToPoint;
     return group;
   });
@@ -1889,6 +1888,8 @@ function renderRedundancy() {
   const redundant = questions.find((question) => question.lesson === "redundant");
   const isOther = redundant && state.question !== redundant;
   $("show-redundant").disabled = !isOther;
+  $("show-redundant").onclick = () =>
+    change({ question: redundant, k: data.defaults.k, lambda: data.defaults.diversity });
   $("copies").textContent = isOther
     ? "No copies crowd out the answer to this question: MMR can only harm here." : "";
   $("lambda").value = state.lambda;
@@ -2038,21 +2039,17 @@ const alike = (a, b) => a.trim().toLowerCase() === b.trim().toLowerCase();
 // The maps of an answer, unpacked, with the mean of the copying heads before them.
 function mapsOf(answer) {
   if (answer.maps) return answer.maps;
-  const { maps: names, shape: [, rows, columns], shares } = answer.attention;
+  const { maps: names, shape: [, height, width], shares } = answer.attention;
   const { buffer } = Uint8Array.fromBase64(shares);
-  const all = [...new Uint16Array(buffer)].map((number) => number / 65_535);
-  const maps = names.map((name, m) => {
-    const whole = [...Array(rows).keys()].map((r) => {
-      const start = (m * rows + r) * columns;
-      return all.slice(start, start + columns);
-    });
-    return { name, sink: whole.map(([first]) => first), rows: whole.map((row) => row.slice(1)) };
-  });
-  const heads = maps.filter(({ name }) => name.includes("head "));
-  const mean = (of) => sum(heads.map(of)) / heads.length;
-  const copying = { name: "copying", sink: maps[0].sink.map((_, r) => mean((map) => map.sink[r])),
-    rows: maps[0].rows.map((row, r) => row.map((_, c) => mean((map) => map.rows[r][c]))) };
-  answer.maps = [copying, ...maps];
+  const numbers = new Uint16Array(buffer);
+  const share = (m, r, c) => numbers[(m * height + r) * width + c] / 65_535;
+  const heads = names.flatMap((name, m) => name.includes("head ") ? [m] : []);
+  const mean = (r, c) => sum(heads.map((m) => share(m, r, c))) / heads.length;
+  const rows = [...Array(height).keys()], columns = [...Array(width).keys()].slice(1);
+  const unpack = (name, cell) => ({ name, sink: rows.map((r) => cell(r, 0)),
+    rows: rows.map((r) => columns.map((c) => cell(r, c))) });
+  const maps = names.map((name, m) => unpack(name, (r, c) => share(m, r, c)));
+  answer.maps = [unpack("copying", mean), ...maps];
   return answer.maps;
 }
 
@@ -2308,8 +2305,7 @@ function renderAnswers() {
 }
 function render() {
   const { questions } = domain();
-  const option = ({ text }, n) => make("option", { value: n }, text);
-  $("question").replaceChildren(...questions.map(option));
+  $("question").replaceChildren(...questions.map(({ text }, n) => new Option(text, n)));
   $("question").value = questions.indexOf(state.question);
   $("domain").value = state.domain;
   setScale();
@@ -2365,7 +2361,7 @@ async function start() {
   $("copy-share").textContent = percent(data.copy_share);
 
   data.domains.forEach(({ name }, n) => {
-    $("domain").append(make("option", { value: n }, name));
+    $("domain").append(new Option(name, n));
     $("domains").append(make("button", { value: n, onclick: () => chooseDomain(n) }, quote(name)));
   });
   $("domain").onchange = () => chooseDomain(Number($("domain").value));
@@ -2374,10 +2370,6 @@ async function start() {
   $("back").onclick = () => change({ moved: null });
   $("lambda").oninput = () => change({ lambda: Number($("lambda").value) });
   $("mmr").onchange = () => change({ mmr: $("mmr").checked });
-  $("show-redundant").onclick = () => {
-    const question = domain().questions.find(({ lesson }) => lesson === "redundant");
-    change({ question, k: data.defaults.k, lambda: data.defaults.diversity });
-  };
   $("assemble").onclick = () => buildPrompt(place().found);
   $("all-on").onclick = () => change({ off: new Set() });
   $("temperature").oninput = () => {
@@ -2392,12 +2384,12 @@ async function start() {
   }
 
   const choose = (choice) => { heat.choice = choice; renderHeat(); };
-  const group = (label, names) => $("heads").append(make("optgroup", { label },
-    ...names.map(([value, text]) => make("option", { value }, text))));
-  group("together", [["copying", "the five copying heads"], ["all heads", "all 270 heads"]]);
-  const names = [...Array(30).keys()].map((n) => `layer ${n}`);
-  group("one copying head, counted from 0", data.copy_heads.map((name) => [name, name]));
-  group("the mean of a layer, from 0", names.map((name) => [name, name]));
+  const group = (label, ...options) => $("heads").append(make("optgroup", { label }, ...options));
+  group("together", new Option("the five copying heads", "copying"),
+    new Option("all 270 heads", "all heads"));
+  group("one copying head, counted from 0", ...data.copy_heads.map((name) => new Option(name)));
+  const layers = [...Array(30).keys()].map((n) => new Option(`layer ${n}`));
+  group("the mean of a layer, from 0", ...layers);
   $("heads").onchange = () => choose($("heads").value);
   $("heads-all").onclick = () => choose("all heads");
   $("heads-copy").onclick = () => choose("copying");
