@@ -1476,6 +1476,7 @@ function draw(tag, attributes = {}, ...children) {
 }
 // Text from elsewhere, which cannot turn the direction of what stands around it.
 const quote = (text) => make("bdi", {}, text);
+const number = (...content) => make("td", { className: "number" }, ...content);
 // A sentence by its number, see `light`.
 function numbered(tag, n, ...children) {
   const element = make(tag, {}, ...children);
@@ -1810,7 +1811,6 @@ function renderPlace() {
   label.textContent = state.moved ? "what if?" : "question";
   dots.forEach((dot, n) => dot.classList.toggle("found", found.includes(n)));
   lines.replaceChildren(...found.map((n) => line([x, y], scale.toScreen(points[n]), "near")));
-  const number = (text) => make("td", { className: "number" }, text);
   const rows = order.map((n) => {
     const row = numbered("tr", n, make("td", {}, `${n + 1}. `, quote(sentences[n])),
       number(Math.sqrt(squares[n]).toFixed(2)), number(Math.sqrt(exact[n]).toFixed(2)),
@@ -2169,7 +2169,6 @@ function renderSum() {
   const logs = prior.map((p, i) => Math.log10(p) + explained.after[i] / Math.LN10);
   const largest = Math.max(...logs);
   const total = Math.log10(sum(logs.map((log) => 10 ** (log - largest)))) + largest;
-  const number = (...content) => make("td", { className: "number" }, ...content);
   const whole = (says, p) => make("tr", {}, make("th", {}, `p(y|x), ${says}`), make("td"),
     make("td"), number(p));
   body.replaceChildren(...zs.map((n, i) => numbered("tr", n,
