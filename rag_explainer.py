@@ -1506,6 +1506,7 @@ function scientific(log10) {
 }
 const superscript = (n) => String(n).replace(/./g, (c) => c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]);
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+const decode = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)); // base64
 
 // ---- What is known, and what is chosen ----
 
@@ -2040,8 +2041,7 @@ const alike = (a, b) => a.trim().toLowerCase() === b.trim().toLowerCase();
 function mapsOf(answer) {
   if (answer.maps) return answer.maps;
   const { maps: names, shape: [, height, width], shares } = answer.attention;
-  const { buffer } = Uint8Array.fromBase64(shares);
-  const numbers = new Uint16Array(buffer);
+  const numbers = new Uint16Array(decode(shares).buffer);
   const share = (m, r, c) => numbers[(m * height + r) * width + c] / 65_535;
   const heads = names.flatMap((name, m) => name.includes("head ") ? [m] : []);
   const mean = (r, c) => sum(heads.map((m) => share(m, r, c))) / heads.length;
@@ -2350,8 +2350,8 @@ function highlight(source) {
 }
 
 async function start() {
-  const bytes = Uint8Array.fromBase64($("data").textContent); // gzip in base64
-  const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const packed = new Blob([decode($("data").textContent)]);
+  const plain = packed.stream().pipeThrough(new DecompressionStream("gzip"));
   data = await new Response(plain).json();
   Object.assign(state, data.defaults, { lambda: data.defaults.diversity });
   $("mode").textContent = data.exported
