@@ -21,7 +21,6 @@ here: one question at a time (rag_faiss_openai.py), streaming and a chat (rag_st
 """
 
 import asyncio
-import fileinput
 import json
 import logging
 import os
@@ -32,7 +31,6 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from hashlib import sha256
-from io import StringIO
 from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
@@ -217,35 +215,32 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
 
 def read_questions(path: str) -> list[str]:
     """Read --questions: one a line, or JSON Lines with "question". "-" is stdin."""
+    lines = sys.stdin.buffer if path == "-" else Path(path).read_bytes().splitlines()
     questions = []
-    with fileinput.input(path, mode="rb") as lines:
+    for n, line in enumerate(lines, 1):
         try:
-            for line in lines:
-                text = line.decode("utf-8-sig").strip()
-                question = json.loads(text)["question"] if text.startswith("{") else text
-                questions.append(question.strip())
+            text = line.decode("utf-8-sig").strip()
+            question = json.loads(text)["question"] if text.startswith("{") else text
+            questions.append(question.strip())
         except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
+            raise ArgumentTypeError(f"{path}, line {n}: {error!r}") from error
     return list(filter(None, questions))
 
 
 def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
     """Open --out, and read the answers there by question. Drops a torn last line."""
+    out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
     answers = {}
-    with fileinput.input(path, mode="rb") as lines:
+    for n, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
         try:
-            out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
-            for line in lines:
-                if line.startswith(b'{"question":') and not line.endswith((b"\n", b"}")):
-                    out.truncate(out.tell() - len(line))
-                else:
-                    record = json.loads(line)
-                    answers[record["question"]] = record["answer"] if not record["error"] else None
-                    if not line.endswith(b"\n"):
-                        out.write("\n")
-                        break
+            if line.startswith(b'{"question":') and not line.endswith((b"\n", b"}")):
+                out.truncate(out.tell() - len(line))
+            else:
+                record = json.loads(line)
+                answers[record["question"]] = record["answer"]
+                out.write("" if line.endswith(b"\n") else "\n")
         except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {lines.lineno()}: {error!r}") from error
+            raise ArgumentTypeError(f"{path}, line {n}: {error!r}") from error
     return out, answers
 
 
@@ -281,7 +276,6 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 
     args.client = openai.AsyncOpenAI(timeout=300, max_retries=8)  # many at once meet rate limits
     args.limit = asyncio.Semaphore(max(1, args.concurrency))
-    screen = StringIO() if args.json or args.out else sys.stdout
     questions = args.question + args.questions or ([] if args.docs or args.index else QUESTIONS)
     asked = [question for question in questions if not (args.out and args.out[1].get(question))]
     loop = asyncio.new_event_loop()
@@ -289,12 +283,13 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     tasks = [asyncio.run_coroutine_threadsafe(answer_question(q, index, args), loop) for q in asked]
     for task in tqdm(tasks, "answering", disable=None):
         record = task.result()
-        say(f"\nQuestion: {record['question']}", screen)
-        for hit in record["sources"]:
-            place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
-            text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
-            say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", screen)
-        say(f"Answer: {record['answer']}" if record["answer"] else "", screen)
+        if not (args.json or args.out):
+            say(f"\nQuestion: {record['question']}", sys.stdout)
+            for hit in record["sources"]:
+                place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
+                text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
+                say(f"  [{hit['n']}] {hit['score']:.2f} {place}: {text}", sys.stdout)
+            say(f"Answer: {record['answer']}" if record["answer"] else "", sys.stdout)
         yield record
 
 
