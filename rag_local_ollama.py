@@ -177,11 +177,8 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
 
 def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> list[Chunk]:
     """Find the --top-k chunks most similar to the question, best first."""
-    import torch
-
     chunks, vectors = index
-    query = torch.from_numpy(embed([question], args, query=True)[0])
-    scores = torch.from_numpy(vectors) @ query  # of unit vectors: the cosines
+    scores = args.embedder.similarity(embed([question], args, query=True), vectors)[0]
     best = scores.argsort(descending=True)[: args.top_k].tolist()
     return [{"n": n, "score": float(scores[i]), **chunks[i]} for n, i in enumerate(best, 1)]
 
