@@ -292,7 +292,7 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     windows = [(window, hit["n"]) for hit in hits for window in WINDOWS.chunks(hit["text"])]
     vectors = embed([question, *(window for window, _ in windows)], args)
     asked = set(re.findall(r"\w+", question.lower()))
-    shared = [len(asked.intersection(re.findall(r"\w+", text.lower()))) for text, _ in windows]
+    shared = [sum(word in text.lower() for word in asked) for text, _ in windows]
     # The words in common tell apart windows that are about the same thing.
     scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
     window, n = windows[scores.argmax()]
@@ -301,11 +301,8 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     # The grammar (GBNF) admits only words that follow each other in the window.
     spans = {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 8)}
     grammar = "root ::= " + " | ".join(json.dumps(span, ensure_ascii=False) for span in spans)
-    prompt = (
-        "Passage: Odda Renfrey opened the bakery, and baked there.\n"
-        "Question: Who opened the bakery?\nAnswer: Odda Renfrey\n\n"
-        f"Passage: {window}\nQuestion: {question}\nAnswer: "
-    )
+    example = "Passage: Odda Reed opened a bakery.\nQuestion: Who opened it?\nAnswer: Odda Reed\n\n"
+    prompt = f"{example}Passage: {window}\nQuestion: {question}\nAnswer: "
     if args.show_prompt:
         say(prompt)
     limits = {"temperature": 0, "max_tokens": 32, "extra_body": {"grammar": grammar}}
