@@ -237,7 +237,7 @@ def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
                 out.truncate(out.tell() - len(line))
             else:
                 record = json.loads(line)
-                answers[record["question"]] = record["answer"]
+                answers[record["question"]] = record["answer"] if not record["error"] else None
                 out.write("" if line.endswith(b"\n") else "\n")
         except Exception as error:
             raise ArgumentTypeError(f"{path}, line {n}: {error!r}") from error

@@ -123,7 +123,14 @@ def test_a_finished_run_asks_nothing_and_a_torn_line_is_asked_again(ask, llm):
 
 @pytest.mark.parametrize(
     "content",
-    ["Dear", "Dear diary,\nI am", '{"id": 3}\n', "[]\n", '{"question": "?", "id": 7}'],
+    [
+        "Dear",
+        "Dear diary,\nI am",
+        '{"id": 3}\n',
+        "[]\n",
+        '{"question": "?", "id": 7}',
+        '{"question": "?", "answer": "!"}\n',  # as rag_compare.py reads it
+    ],
 )
 def test_an_out_that_is_something_else_is_refused_and_left_as_it_was(ask, llm, content):
     Path("out.jsonl").write_text(content)
