@@ -27,12 +27,12 @@ import os
 import re
 import sqlite3
 import sys
-import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from threading import Thread
+from time import perf_counter
 from typing import Any, TextIO
 
 import numpy as np
@@ -223,7 +223,7 @@ def read_questions(path: str) -> list[str]:
             question = json.loads(text)["question"] if text.startswith("{") else text
             questions.append(question.strip())
         except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {n}: {error!r}") from error
+            raise ArgumentTypeError(f"{path}, line {n} is no question: {error!r}") from error
     return list(filter(None, questions))
 
 
@@ -240,7 +240,7 @@ def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
                 answers[record["question"]] = record["answer"] if not record["error"] else None
                 out.write("" if line.endswith(b"\n") else "\n")
         except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {n}: {error!r}") from error
+            raise ArgumentTypeError(f"{path}, line {n} is no answer: {error!r}") from error
     return out, answers
 
 
@@ -253,10 +253,10 @@ async def answer_question(question: str, index: Any, args: Namespace) -> dict[st
     """Retrieve and generate, while others do. Returns what --json prints; --out gets it too."""
     record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
     async with args.limit:
-        start = found = time.perf_counter()
+        start = found = perf_counter()
         try:
             record["sources"] = await retrieve(question, index, args)
-            found = time.perf_counter()
+            found = perf_counter()
             if not args.retrieve_only:
                 answer, usage = await generate(question, record["sources"], args)
                 if not answer:
@@ -264,7 +264,7 @@ async def answer_question(question: str, index: Any, args: Namespace) -> dict[st
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
-        record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
+        record["seconds"] |= {"retrieve": found - start, "generate": perf_counter() - found}
     if args.out:
         args.out[0].write(f"{json.dumps(record)}\n")  # two runs can share the file
     return record
@@ -327,18 +327,16 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, args.docs or [args.index]):
             if not Path(path).exists():
                 PARSER.error(f"{path} does not exist")
-        for question in args.question:
-            if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-                PARSER.error(f"{question} is a path, not a question: use --docs for each path")
-        start = time.perf_counter()
+        for path in filter(os.path.exists, args.question):
+            PARSER.error(f"{path} is a path, not a question: use --docs for each path")
+        start = perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]
         documents = load_documents(args.docs) if args.docs else [] if args.index else samples
         chunks = split_documents(documents, by_tokens)
-        loaded = time.perf_counter()
+        split = perf_counter()
         index = update_index(chunks, args)
-        indexed = time.perf_counter()
-        args.seconds = {"load": loaded - start, "index": indexed - loaded, "first_token": None}
+        args.seconds = {"load": split - start, "index": perf_counter() - split, "first_token": None}
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:

@@ -32,11 +32,11 @@ import os
 import re
 import sqlite3
 import sys
-import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -249,11 +249,11 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, di
 def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """Retrieve and generate for one question after another. Yields what --json prints."""
     for question in args.question or ([] if args.docs or args.index else QUESTIONS):
-        record = {"question": question} | args.record
-        start = found = time.perf_counter()
+        record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
+        start = found = perf_counter()
         try:
             record["sources"] = retrieve(question, index, args)
-            found = time.perf_counter()
+            found = perf_counter()
             if not args.retrieve_only:
                 answer, usage = generate(question, record["sources"], args)
                 if not answer:
@@ -261,8 +261,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
                 record |= {"answer": answer, "usage": usage, "refused": answer.startswith(REFUSAL)}
         except Exception as error:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
-        spent = {"retrieve": found - start, "generate": time.perf_counter() - found}
-        record["seconds"] = args.seconds | spent
+        record["seconds"] |= {"retrieve": found - start, "generate": perf_counter() - found}
         if not args.json:
             say(f"\nQuestion: {question}", sys.stdout)
             for hit in record["sources"]:
@@ -307,18 +306,16 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, args.docs or [args.index]):
             if not Path(path).exists():
                 PARSER.error(f"{path} does not exist")
-        for question in args.question:
-            if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-                PARSER.error(f"{question} is a path, not a question: use --docs for each path")
-        start = time.perf_counter()
+        for path in filter(os.path.exists, args.question):
+            PARSER.error(f"{path} is a path, not a question: use --docs for each path")
+        start = perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]
         documents = load_documents(args.docs) if args.docs else [] if args.index else samples
         chunks = split_documents(documents, by_tokens)
-        loaded = time.perf_counter()
+        split = perf_counter()
         index = update_index(chunks, args)
-        indexed = time.perf_counter()
-        args.seconds = {"load": loaded - start, "index": indexed - loaded, "first_token": None}
+        args.seconds = {"load": split - start, "index": perf_counter() - split, "first_token": None}
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:

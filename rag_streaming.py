@@ -25,13 +25,13 @@ import os
 import re
 import sqlite3
 import sys
-import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -242,14 +242,14 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
         record = {"question": question} | args.record | {"seconds": dict(args.seconds)}
         asked = {"role": "user", "content": question}
         answer, query = "", question
-        start = found = time.perf_counter()
+        start = found = perf_counter()
         try:
             if history:  # of which retrieval knows nothing
                 rewriting = [{"role": "system", "content": REWRITE_PROMPT}, *history, asked]
                 query = "".join(generate(rewriting, {}, args))
                 say(f"looked up: {query}")
             record["sources"] = retrieve(query, index, args)
-            found = time.perf_counter()
+            found = perf_counter()
             say(f"\nQuestion: {question}", screen)
             for hit in record["sources"]:
                 place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
@@ -259,7 +259,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
                 system, prompt = build_prompt(query, record["sources"], args)
                 for piece in filter(None, generate([system, *history, prompt], record, args)):
                     if not answer:
-                        record["seconds"]["first_token"] = time.perf_counter() - found
+                        record["seconds"]["first_token"] = perf_counter() - found
                     say(piece if answer else f"Answer: {piece}", screen, end="")
                     screen.flush()
                     answer += piece
@@ -272,7 +272,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
             record["error"] = f"{error} {error.__cause__ or ''}".strip() or repr(error)
         say("", screen)
         record |= {"answer": answer or None, "refused": answer.startswith(REFUSAL)}
-        record["seconds"] |= {"retrieve": found - start, "generate": time.perf_counter() - found}
+        record["seconds"] |= {"retrieve": found - start, "generate": perf_counter() - found}
         if is_chat and answer:
             said = re.sub(r" ?\[\d+\]", "", answer)  # the numbers mean other passages next time
             history = [*history, asked, {"role": "assistant", "content": said}][-HISTORY_MESSAGES:]
@@ -313,18 +313,16 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, args.docs or [args.index]):
             if not Path(path).exists():
                 PARSER.error(f"{path} does not exist")
-        for question in args.question:
-            if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-                PARSER.error(f"{question} is a path, not a question: use --docs for each path")
-        start = time.perf_counter()
+        for path in filter(os.path.exists, args.question):
+            PARSER.error(f"{path} is a path, not a question: use --docs for each path")
+        start = perf_counter()
         by_tokens = load_models(args)
         samples = [{"text": text, "source": "sample", "page": None} for text in SAMPLES]
         documents = load_documents(args.docs) if args.docs else [] if args.index else samples
         chunks = split_documents(documents, by_tokens)
-        loaded = time.perf_counter()
+        split = perf_counter()
         index = update_index(chunks, args)
-        indexed = time.perf_counter()
-        args.seconds = {"load": loaded - start, "index": indexed - loaded, "first_token": None}
+        args.seconds = {"load": split - start, "index": perf_counter() - split, "first_token": None}
         args.record = RECORD | {"model": args.model, "embed_model": args.embed_model}
         for record in answer_all(index, args):
             if args.json:
