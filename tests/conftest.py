@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -159,6 +160,13 @@ def run_light(script: str, *args: str, heavy: set[str] = HEAVY) -> subprocess.Co
     )
     python = [sys.executable, "-c", code]
     return subprocess.run(python, env=environment(), capture_output=True, text=True)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
