@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +168,17 @@ def free_port() -> int:
     """A port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+@pytest.fixture
+def chroma_url(free_port: int, tmp_path: Path) -> Iterator[str]:
+    """The address of a Chroma server."""
+    chroma = [str(Path(sys.executable).with_name("chroma")), "run", "--port", str(free_port)]
+    server = subprocess.Popen([*chroma, "--path", tmp_path / "server"], stdout=subprocess.DEVNULL)
+    while socket.socket().connect_ex(("127.0.0.1", free_port)):
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{free_port}"
+    server.kill()
 
 
 @pytest.fixture(scope="module")

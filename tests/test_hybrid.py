@@ -6,17 +6,13 @@ import asyncio
 import gc
 import re
 import socket
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from chromadb.api.shared_system_client import SharedSystemClient
 from conftest import HEAVY, run_light
-from nursery import wait_for
 from test_contract import CUP, MODEL_FOLDER, call
 
 import rag_hybrid_fastapi as rag
@@ -68,7 +64,7 @@ def changed(args, **options):
 
 def opened(args, **options):
     forget()
-    return rag.Store(changed(args, **options))
+    return rag.open_store(changed(args, **options))
 
 
 def retrieve(store, question, **options):
@@ -178,17 +174,15 @@ def test_citations_of_passages_that_were_not_sent_are_marked():
 
 
 def chat(args, query, history=(), **options):
-    """Let `answer` answer from the samples: its record, all filled in."""
+    """Let the API answer from the samples, as with `stream`: what its last event tells."""
 
     async def run():
-        return [piece async for piece in rag.answer(record, [*history], store, 4, True)]
+        return [event async for event in rag.run_events(rag.Question(query=query, history=history))]
 
-    forget()
-    store = rag.open_store(changed(args, retrieve_only=False, **options))
-    record = rag.Answer(question=query, model=None, embed_model="")
-    pieces = asyncio.run(run())
-    assert (pieces[0], "".join(pieces).strip()) == ("", record.answer)
-    return record
+    rag.app.state.store = opened(args, retrieve_only=False, **options)
+    name, done = asyncio.run(run())[-1]
+    assert name == "done"
+    return Namespace(**done)
 
 
 def test_paraphrases_are_searched_for_too_and_fused(llm, args):
@@ -196,7 +190,7 @@ def test_paraphrases_are_searched_for_too_and_fused(llm, args):
     llm.fail(containing="in 3 other wordings", reply=reply)
     done = chat(args, QUESTION, expand=3)
     assert done.queries == [QUESTION, "How heavy is a sack of rye?", "x", "y"]
-    ranks = {hit.text[:6]: hit.ranks for hit in done.candidates}
+    ranks = {hit["text"][:6]: hit["ranks"] for hit in done.candidates}
     assert ranks["# Pump"]["dense"] == ranks["# Flou"]["dense 2"] == ranks["# Flou"]["bm25 2"] == 1
     assert SIEVE in done.answer
 
@@ -236,34 +230,22 @@ def held(store):
     return {hit["source"] for hit in found if {"dense", "bm25"} <= set(hit["ranks"])}
 
 
-def test_what_is_new_is_embedded_uploads_stay_and_lost_words_come_back(args, tmp_path, monkeypatch):
+def test_what_is_new_is_embedded_and_uploads_stay(args, tmp_path):
     def update(uploaded=False, **documents):
-        embed = Mock(wraps=embed_all)
-        monkeypatch.setattr(rag, "embed", embed)
-        store.update({name: [text] for name, text in documents.items()}, uploaded)
+        with patch.object(rag, "embed", wraps=rag.embed) as embed:
+            store.update({name: [text] for name, text in documents.items()}, uploaded)
         return sum(len(call.args[0]) for call in embed.mock_calls), "".join(sorted(held(store)))
 
-    embed_all = rag.embed
     store = opened(args, index=tmp_path)
     docs = {name: f"The buoy of {name} is red." for name in "abc"}
     assert update(**docs) == (3, "abc")
     assert update(uploaded=True, d="The buoy of d is red.") == (1, "abcd")
     assert update(**docs) == (0, "abcd")
     assert update(a=docs["a"], b="The buoy of b is green.") == (1, "abd")
-    with store.database:
-        store.database.execute("DELETE FROM chunks WHERE place ->> 'source' = 'd'")
-    store.database.close()
-    assert held(rag.open_store(changed(args, index=tmp_path))) == {"a", "b", "d"}
 
 
-def test_words_follow_what_another_program_changes_on_a_server(args, tmp_path, request):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    chroma = [Path(sys.executable).with_name("chroma"), "run", "--path", tmp_path / "server"]
-    server = subprocess.Popen([*chroma, "--port", str(port)], stdout=subprocess.DEVNULL)
-    request.addfinalizer(server.kill)
-    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-    first, second = (opened(args, chroma_url=f"http://127.0.0.1:{port}") for _ in range(2))
+def test_words_follow_what_another_program_changes_on_a_server(args, chroma_url):
+    first, second = (opened(args, chroma_url=chroma_url) for _ in range(2))
     first.update({"a.md": ["Buoy 1 is red."], "b.md": ["Buoy 2 is red."]})
     assert held(second) == {"a.md", "b.md"}
     second.update({"b.md": []}, uploaded=True)
@@ -354,14 +336,14 @@ def test_a_reply_that_breaks_off_is_kept_and_exit_1(llm, ask, fault):
         ("--retrieve-only --embed-model /no x", "/no"),
         ("--retrieve-only --reranker cross-encoder --rerank-model /no x", "/no"),
         ("pyproject.toml", "use --docs for each path"),
+        ("--retrieve-only --port {taken}", "in use"),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_a_line(ask, args, text):
-    one_line(ask(*args.split()), text)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one_line(ask(*args.format(taken=server.getsockname()[1]).split()), text)
 
 
-def test_a_port_in_use_is_told_in_a_line_and_usage_errors_load_nothing_heavy(ask):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        one_line(ask("--retrieve-only", "--port", taken.getsockname()[1]))
+def test_usage_errors_load_nothing_heavy():
     done = run_light("rag_hybrid_fastapi", "--docs", "/no", "x", heavy=HEAVY - {"fastapi"})
     assert done.returncode == 2, done.stderr
