@@ -175,10 +175,12 @@ def chroma_url(free_port: int, tmp_path: Path) -> Iterator[str]:
     """The address of a Chroma server."""
     chroma = [str(Path(sys.executable).with_name("chroma")), "run", "--port", str(free_port)]
     server = subprocess.Popen([*chroma, "--path", tmp_path / "server"], stdout=subprocess.DEVNULL)
-    while socket.socket().connect_ex(("127.0.0.1", free_port)):
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{free_port}"
-    server.kill()
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", free_port)):
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{free_port}"
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="module")

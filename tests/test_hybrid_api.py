@@ -221,7 +221,6 @@ HOSTILE_NAMES = {  # and what is kept of them
     "..%2f?#<img src=x>' OR 1=1.txt": "..%2f?#<img src=x>' OR 1=1.txt",
     "n" * 296 + ".txt": "n" * 196 + ".txt",
     "\ud800x.txt": "\xed\xa0x.txt",
-    "rag/chroma.sqlite3": "chroma.sqlite3",
     "x.txt\x00.exe": "x.txt.exe",
     **dict.fromkeys(["..", "a/.", "x\r\n.txt", "", "/", "\x00"]),  # nothing: they are refused
 }
