@@ -19,8 +19,10 @@ import schemathesis
 from bs4 import BeautifulSoup
 from conftest import ROOT, write_pdf
 from fake_llm import FakeLLM, extractive_reply
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import one_of
 from nursery import Nursery, wait_for
+from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 import rag_hybrid_fastapi as rag
@@ -456,8 +458,12 @@ def test_after_a_kill_whole_chunks_are_served_and_the_next_upload_heals(start, t
     assert held(client) == {*parts[then]}
 
 
-@schemathesis.openapi.from_dict(rag.app.openapi()).parametrize()
-@settings(REPEATABLE, max_examples=30, phases=[Phase.generate, Phase.shrink])
+SCHEMA = schemathesis.openapi.from_dict(rag.app.openapi())
+CASES = [SCHEMA.as_strategy(generation_mode=mode) for mode in GenerationMode]
+
+
+@settings(REPEATABLE, max_examples=150)
+@given(case=one_of(CASES))
 def test_whatever_its_schema_admits_or_forbids_is_answered_as_the_schema_says(case, http, url):
     # That a file must have text, and that a number in it is one, no schema can say.
     unsaid = [positive_data_acceptance, negative_data_rejection]
