@@ -163,6 +163,15 @@ def run_light(script: str, *args: str, heavy: set[str] = HEAVY) -> subprocess.Co
     return subprocess.run(python, env=environment(), capture_output=True, text=True)
 
 
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Wait until something is so, and return it."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+    return found
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port on which nothing listens."""
@@ -176,8 +185,7 @@ def chroma_url(free_port: int, tmp_path: Path) -> Iterator[str]:
     chroma = [str(Path(sys.executable).with_name("chroma")), "run", "--port", str(free_port)]
     server = subprocess.Popen([*chroma, "--path", tmp_path / "server"], stdout=subprocess.DEVNULL)
     try:
-        while socket.socket().connect_ex(("127.0.0.1", free_port)):
-            time.sleep(0.05)
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", free_port)) == 0)
         yield f"http://127.0.0.1:{free_port}"
     finally:
         server.kill()

@@ -13,12 +13,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from conftest import READY, ROOT, environment
+from conftest import READY, ROOT, environment, wait_for
 
 PARENT = """
 import json, os, sys
@@ -109,12 +106,3 @@ class Server:
             killer.cancel()
         assert not re.search("Traceback|terminate called", self.log), self.log
         return self.code
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """Wait until something is so, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-    return found

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
-from nursery import wait_for
+from conftest import ROOT, environment, wait_for
 from test_contract import call
 
 import rag_async as rag

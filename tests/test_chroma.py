@@ -2,16 +2,13 @@
 
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
-import socket
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, environment
-from nursery import wait_for
 from test_contract import LIGHTHOUSE, MODEL_FOLDER, call
 
 import rag_chroma_claude as rag
@@ -76,15 +73,8 @@ def test_the_run_after_one_that_was_killed_completes_the_index(ask, tmp_path, me
     assert held(ask, *index) == held(ask, *index[:2]) == new
 
 
-def test_programs_that_share_a_server_end_with_one_complete_index(ask, tmp_path, request):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("chroma"), "run", "--path", tmp_path / "server"]
-    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
-    request.addfinalizer(server.kill)
-    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-    index = ("--chroma-url", f"http://127.0.0.1:{port}", "--docs", tmp_path / "docs")
+def test_programs_that_share_a_server_end_with_one_complete_index(ask, tmp_path, chroma_url):
+    index = ("--chroma-url", chroma_url, "--docs", tmp_path / "docs")
     old = write(tmp_path / "docs", "red")
     assert held(ask, *index) == held(ask, *index[:2]) == old
     new = write(tmp_path / "docs", "green")

@@ -26,8 +26,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from conftest import HEAVY, ROOT, environment, run_light
-from nursery import wait_for
+from conftest import HEAVY, ROOT, environment, run_light, wait_for
 
 
 class Script(NamedTuple):

@@ -25,8 +25,7 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, environment
-from nursery import wait_for
+from conftest import ROOT, command, environment, wait_for
 from sentence_transformers import SentenceTransformer
 from threadpoolctl import threadpool_limits
 from transformers import LlamaConfig, LlamaForCausalLM
