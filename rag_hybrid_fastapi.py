@@ -45,7 +45,7 @@ import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from bisect import bisect
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from hashlib import sha256
 from io import BytesIO
 from itertools import pairwise
@@ -122,47 +122,39 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
 
 
-def split_recursive(text: str, args: Namespace) -> list[tuple[int, str]]:
+def split_recursive(text: str, args: Namespace) -> Iterable[tuple[int, str]]:
     """Keep sections whole if they fit, else paragraphs, else sentences, else words."""
-    chunks = []
     for start, part in args.by_characters.chunk_indices(text):  # by_tokens alone would be slow
-        chunks += [(start + i, piece) for i, piece in args.by_tokens.chunk_indices(part)]
-    return chunks
+        for i, chunk in args.by_tokens.chunk_indices(part):
+            yield start + i, chunk
 
 
-def split_fixed(text: str, args: Namespace) -> list[tuple[int, str]]:
+def split_fixed(text: str, args: Namespace) -> Iterable[tuple[int, str]]:
     """Cut every --chunk-tokens tokens, wherever in a sentence that is."""
     size = args.chunk_tokens - 4  # a word that is cut may have more tokens
     offsets = args.tokenizer.encode(text, add_special_tokens=False).offsets
-    chunks = []
     for first in range(0, len(offsets), size - args.chunk_overlap):
         start, end = offsets[first][0], offsets[first : first + size][-1][1]
-        chunks.append((start, text[start:end]))
-    return chunks
+        yield start, text[start:end]
 
 
-def split_semantic(text: str, args: Namespace) -> list[tuple[int, str]]:
+def split_semantic(text: str, args: Namespace) -> Iterable[tuple[int, str]]:
     """Cut at the least similar fifth of sentence borders: Kamradt, "5 Levels of Text Splitting"."""
-    borders = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
-    sentences = [(start, end) for start, end in pairwise(borders) if text[start:end].strip()]
-    if len(sentences) < 3:
-        return split_recursive(text, args)
-    texts = [text[start:end] for start, end in sentences]
-    vectors = np.vstack([embed(batch, args) for batch in batches(texts, EMBED_BATCH)])
+    borders = [match.end() for match in SENTENCE_END.finditer(text.rstrip())]
+    sentences = [text[start:end] for start, end in pairwise([0, *borders, len(text)])]
+    vectors = np.vstack([embed(batch, args) for batch in batches(sentences, EMBED_BATCH)])
     similarity = (vectors[:-1] * vectors[1:]).sum(axis=1)  # of each sentence and the next
-    lowest = np.flatnonzero(similarity < np.percentile(similarity, 20))
-    chunks = []
-    for start, end in pairwise([0, *(sentences[i + 1][0] for i in lowest), len(text)]):
-        chunks += [(start + i, chunk) for i, chunk in split_recursive(text[start:end], args)]
-    return chunks
+    lowest = np.argsort(similarity)[: round(len(borders) / 5)]
+    for start, end in pairwise([0, *sorted(borders[n] for n in lowest), len(text)]):
+        for i, chunk in split_recursive(text[start:end], args):
+            yield start + i, chunk
 
 
 CHUNKERS = {"recursive": split_recursive, "fixed": split_fixed, "semantic": split_semantic}
 
 
-def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk]:
+def split_document(source: str, pages: list[str], args: Namespace) -> Iterator[Chunk]:
     """Split a document's pages into chunks that the embedder reads whole, each with its place."""
-    chunks = []
     for number, text in enumerate(pages, 1):
         page = number if source.lower().endswith(".pdf") else None
         headings = list(HEADING.finditer(text))
@@ -170,8 +162,7 @@ def split_document(source: str, pages: list[str], args: Namespace) -> list[Chunk
         titles = [None, *((match[1] or match[2]).rstrip(" #") for match in headings)]
         for start, chunk in CHUNKERS[args.chunker](text, args):
             place = {"source": source, "page": page, "heading": titles[bisect(starts, start)]}
-            chunks.append({"text": chunk, **place, "start": start, "end": start + len(chunk)})
-    return chunks
+            yield {"text": chunk, **place, "start": start, "end": start + len(chunk)}
 
 
 # --- embed: all-MiniLM-L6-v2, from threads ---
@@ -239,27 +230,6 @@ COMMIT;
 """
 
 
-def open_collection(args: Namespace) -> Any:
-    """Open the collection, new or kept: in memory, in a folder, on a server, in Chroma Cloud."""
-    import chromadb
-
-    if args.chroma_url == "cloud":
-        client = chromadb.CloudClient()  # reads CHROMA_API_KEY and so on
-    elif args.chroma_url:
-        client = chromadb.HttpClient(args.chroma_url)
-    elif args.index:
-        client = chromadb.PersistentClient(args.index)
-    else:
-        client = chromadb.EphemeralClient()
-    made = {"embed_model": args.embed_model}
-    space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
-    collection = client.get_or_create_collection("rag_hybrid", None, space, made, None)
-    if collection.metadata != made:
-        model = (collection.metadata or {}).get("embed_model")
-        raise ValueError(f"the index is of --embed-model {model}: name that, or another --index")
-    return collection
-
-
 class Store:
     """A Chroma collection, and its chunks' words in an FTS5 table that follows it.
 
@@ -269,17 +239,33 @@ class Store:
 
     def __init__(self, args: Namespace) -> None:
         """Open or create the store. Raises ValueError or sqlite3.Error where it is not ours."""
+        import chromadb
+
         self.args, self.lock, self.seconds = args, threading.Lock(), {}
         words = ""  # a temporary database
         if args.index:
             words = args.index / "words.db"
-            if args.index.exists() and any(args.index.iterdir()) and not words.exists():
-                raise ValueError(f"{args.index} holds other files: name another --index")
             args.index.mkdir(parents=True, exist_ok=True)
+            if any(args.index.iterdir()) and not words.exists():
+                raise ValueError(f"{args.index} holds other files: name another --index")
         # Threads must not share a prepared statement, which Python keeps by default.
         self.database = sqlite3.connect(words, check_same_thread=False, cached_statements=0)
         self.database.executescript(TABLES)
-        self.collection = open_collection(args)
+        if args.chroma_url == "cloud":
+            client = chromadb.CloudClient()  # reads CHROMA_API_KEY and so on
+        elif args.chroma_url:
+            client = chromadb.HttpClient(args.chroma_url)
+        elif args.index:
+            client = chromadb.PersistentClient(args.index)
+        else:
+            client = chromadb.EphemeralClient()
+        made = {"embed_model": args.embed_model}
+        space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
+        collection: Any = client.get_or_create_collection("rag_hybrid", None, space, made, None)
+        if collection.metadata != made:
+            model = collection.metadata["embed_model"]
+            raise ValueError(f"the index is of --embed-model {model}: name that, or another index")
+        self.collection = collection
         self.follow()
 
     def follow(self) -> None:
@@ -309,56 +295,43 @@ class Store:
         """
         args = self.args
         self.follow()  # a change that failed may have left chunks in Chroma
-        select = "SELECT rowid, place ->> 'source', place ->> 'uploaded' FROM chunks"
-        held = self.database.execute(select).fetchall()
-        sources = {source for _, source, _ in held}
-        digests = dict(self.database.execute("SELECT source, digest FROM documents"))
+        if not uploaded:
+            select = "SELECT place ->> 'source' FROM chunks WHERE NOT place ->> 'uploaded'"
+            documents = {source: [] for (source,) in self.database.execute(select)} | documents
+        select = "SELECT * FROM documents WHERE source IN (SELECT place ->> 'source' FROM chunks)"
+        digests = dict(self.database.execute(select).fetchall())
         changed, wanted = {}, {}
         for source, pages in tqdm(documents.items(), "splitting", disable=None):
             how = [args.chunker, args.chunk_tokens, args.chunk_overlap, uploaded, pages]
             digest = sha256(json.dumps(how).encode()).hexdigest()
-            if source in sources and digest == digests.get(source):
+            if digest == digests.get(source):
                 continue
             changed[source] = digest
             for chunk in split_document(source, pages, args):
                 chunk["uploaded"] = uploaded
                 key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
                 wanted[int.from_bytes(key)] = chunk
-        names = [[source] for source in changed]
+        is_changed, names = "IN (SELECT value FROM json_each(?))", [json.dumps([*changed])]
         with self.lock, self.database:  # a change that is killed half way must not look done
-            self.database.executemany("DELETE FROM documents WHERE source = ?", names)
-        new, gone = set(wanted), []
-        for key, source, was_uploaded in held:
-            new.discard(key)
-            from_docs_before = not uploaded and not was_uploaded and source not in documents
-            if key not in wanted and (source in changed or from_docs_before):
-                gone.append(str(key))
+            self.database.execute(f"DELETE FROM documents WHERE source {is_changed}", names)
+        select = f"SELECT rowid FROM chunks WHERE place ->> 'source' {is_changed}"
+        held = {key for (key,) in self.database.execute(select, names)}
         # Batches of like length: a text is padded to the longest one.
-        in_order = sorted(new, key=lambda key: len(wanted[key]["text"]))
-        for batch in tqdm(list(batches(in_order, EMBED_BATCH)), "embedding", disable=None):
+        new = sorted(wanted.keys() - held, key=lambda key: len(wanted[key]["text"]))
+        for batch in tqdm(list(batches(new, EMBED_BATCH)), "embedding", disable=None):
             if "server" in args and args.server.should_exit:
                 raise RuntimeError("the server stops: add the document again")
             texts = [wanted[key].pop("text") for key in batch]
             places = [wanted[key] for key in batch]
             self.collection.upsert([str(key) for key in batch], embed(texts, args), places, texts)
+        gone = list(held - wanted.keys())
         for batch in batches(gone, 300):
-            self.collection.delete(batch)
+            self.collection.delete([str(key) for key in batch])
         self.follow()
         with self.lock, self.database:
             insert = "INSERT OR REPLACE INTO documents VALUES (?, ?)"
-            self.database.executemany(insert, [row for row in changed.items() if documents[row[0]]])
+            self.database.executemany(insert, changed.items())
         return {"added": len(new), "removed": len(gone)}
-
-    def get(self, ids: list[int]) -> list[Chunk]:
-        """Return chunks with their embeddings in the order of `ids`, without deleted ones."""
-        if not ids:  # which Chroma refuses
-            return []
-        fields = ["ids", "documents", "metadatas", "embeddings"]
-        found = self.collection.get([str(key) for key in ids], include=fields[1:])
-        chunks = {}
-        for key, text, place, embedding in zip(*map(found.get, fields), strict=True):
-            chunks[int(key)] = place | {"id": int(key), "text": text, "embedding": embedding}
-        return [chunks[key] for key in ids if key in chunks]
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -430,16 +403,21 @@ def retrieve(queries: list[str], store: Store) -> list[Chunk]:
             lists[f"dense{number}"] = search_dense(vectors[n], store)
         if args.retriever != "dense":
             lists[f"bm25{number}"] = search_words(query, store)
-    hits = store.get(fuse(lists, args.fusion))
-    for rank, hit in enumerate(hits, 1):
-        hit["score"] = float(hit["embedding"] @ vectors[0])
-        hit["ranks"] = {"fused": rank}
-        for name, found in lists.items():
-            if hit["id"] in found:
-                hit["ranks"][name] = list(found).index(hit["id"]) + 1
-    if args.reranker == "cross-encoder" and hits:
+    fused = fuse(lists, args.fusion)
+    if not fused:  # Chroma refuses to get nothing
+        return []
+    fields = ["ids", "documents", "metadatas", "embeddings"]
+    found = store.collection.get([str(key) for key in fused], include=fields[1:])
+    orders = {"fused": fused} | {name: list(scores) for name, scores in lists.items()}
+    hits: list[Chunk] = []
+    for key, text, place, vector in zip(*map(found.get, fields), strict=True):
+        ranks = {name: ids.index(int(key)) + 1 for name, ids in orders.items() if int(key) in ids}
+        score = float(vector @ vectors[0])
+        hits.append({**place, "text": text, "embedding": vector, "score": score, "ranks": ranks})
+    hits.sort(key=lambda hit: hit["ranks"]["fused"])
+    if args.reranker == "cross-encoder":
         hits = rerank(queries[0], hits, args)
-    return diversify(hits, args.mmr) if args.mmr < 1 else hits
+    return diversify(hits, args.mmr)
 
 
 # --- re-rank ---
@@ -460,7 +438,8 @@ def rerank(question: str, hits: list[Chunk], args: Namespace) -> list[Chunk]:
 def diversify(hits: list[Chunk], weight: float) -> list[Chunk]:
     """Order by Maximal Marginal Relevance (Carbonell, 1998): relevant, unlike those before it."""
     relevance = np.linspace(1, 0, len(hits), endpoint=False)  # by rank
-    similarity = np.array([[a["embedding"] @ b["embedding"] for b in hits] for a in hits])
+    vectors = np.array([hit["embedding"] for hit in hits])
+    similarity = vectors @ vectors.T
     chosen: list[int] = []
     for _ in hits:
         known = similarity[:, chosen].max(axis=1, initial=0)
