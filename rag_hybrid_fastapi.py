@@ -753,6 +753,7 @@ def public(error: Exception) -> str:
 
 MAX_UPLOAD, MAX_BODY = 20_000_000, 500_000  # bytes of a file, and of any other request
 MAX_CLIENTS = 100  # at once; further requests are answered with 503
+CHANGE_LOCK = threading.Lock()  # one change of the documents at a time
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
 app = FastAPIOffline(title="RAG", redoc_url=None, responses={"4XX": {}, "5XX": {}})
 
@@ -903,27 +904,26 @@ def list_documents() -> list[Document]:
 
 
 @app.post("/documents", status_code=201)
-async def add_document(file: UploadFile) -> Change:
+def add_document(file: UploadFile) -> Change:
     """Add a document, or replace the one of the same name."""
     name = re.split(r"[/\\]", file.filename or "")[-1]  # only ever a name: no path is made of it
     name = re.sub(CONTROL, "", name)[-200:].strip()
-    content = await file.read()
     if not name.strip("."):  # no URL can name it
         raise HTTPException(422, "the file needs a name")
     try:
-        pages = await asyncio.to_thread(read_pages, name, content)
+        pages = read_pages(name, file.file.read())
     except Exception as error:
         raise HTTPException(415, f"the file can't be read: {error}") from error
-    async with app.state.changing:
-        counts = await asyncio.to_thread(app.state.store.update, {name: pages}, True)
+    with CHANGE_LOCK:
+        counts = app.state.store.update({name: pages}, uploaded=True)
     return Change(source=name, **counts)
 
 
 @app.delete("/documents/{source:path}")
-async def remove_document(source: str) -> Change:
+def remove_document(source: str) -> Change:
     """Remove a document. One of --docs comes back with the next start that names it."""
-    async with app.state.changing:
-        counts = await asyncio.to_thread(app.state.store.update, {source: []}, True)
+    with CHANGE_LOCK:
+        counts = app.state.store.update({source: []}, uploaded=True)
     if not counts["removed"]:
         raise HTTPException(404, "there is no such document")
     return Change(source=source, **counts)
@@ -937,7 +937,7 @@ def serve(args: Namespace) -> int:
     bound = socket.create_server((args.host, args.port), family=family)  # or an OSError
     if not os.environ.get("RAG_API_KEY"):  # with a key, a proxy may give it any name
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-    app.state.store, app.state.changing = open_store(args), asyncio.Lock()
+    app.state.store = open_store(args)
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"ready: http://{host}:{bound.getsockname()[1]}")
     # At other levels it logs a traceback for each answer that a second Ctrl-C ends.
