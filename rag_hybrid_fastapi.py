@@ -57,8 +57,8 @@ import numpy as np
 from fastapi import HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from fastapi.sse import format_sse_event
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from fastapi_offline import FastAPIOffline
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, Field
@@ -361,13 +361,13 @@ def search_words(question: str, store: Store) -> dict[int, float]:
 
     Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009.
     """
-    words = dict.fromkeys(re.findall(r"\w+", question.lower()))
-    words = [word for word in words if word not in QUESTION_WORDS.split()] or list(words)
+    words = list(dict.fromkeys(re.findall(r"\w+", question.lower())))[:100]
+    words = [word for word in words if word not in QUESTION_WORDS.split()] or words
     if store.size > 10_000:  # a word of every tenth chunk takes long to rank, and says little
         count = "SELECT count(*) FROM chunks WHERE chunks MATCH ?"
-        counts = {w: store.database.execute(count, [f'"{w}"']).fetchone()[0] for w in words[:100]}
-        words = [word for word in counts if counts[word] < store.size / 10] or words
-    match = " OR ".join(f'"{word}"' for word in words[:100]) or '""'
+        counts = {w: store.database.execute(count, [f'"{w}"']).fetchone()[0] for w in words}
+        words = [word for word in words if counts[word] < store.size / 10] or words
+    match = " OR ".join(f'"{word}"' for word in words) or '""'
     select = "SELECT rowid, -rank FROM chunks WHERE chunks MATCH ? ORDER BY rank LIMIT ?"
     return dict(store.database.execute(select, [match, CANDIDATES]).fetchall())
 
@@ -833,7 +833,6 @@ async def page() -> HTMLResponse:
     policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
     policy += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     headers = {"Content-Security-Policy": policy + "frame-ancestors 'none'"}
-    headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
     return HTMLResponse(PAGE.replace("{{NONCE}}", nonce), headers=headers)
 
 
@@ -882,7 +881,7 @@ async def chat(body: Question, request: Request) -> Any:
     if body.stream:
         lines = (format_sse_event(event=e, data_str=json.dumps(data)) async for e, data in events)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+        return EventSourceResponse(lines, headers=headers)
     gone = asyncio.ensure_future(request.receive())  # behind `guard`, is_disconnected() stays False
     found = {}
     async for name, found in events:
@@ -995,14 +994,13 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
 def open_store(args: Namespace) -> Store:
     """Load the models, and open the store with what --docs holds, or with the samples."""
     start = time.perf_counter()
-    documents = load_documents(args.docs) if args.docs else {}
+    kept = args.index or args.chroma_url
+    documents = load_documents(args.docs) if args.docs else {} if kept else {"sample": SAMPLES}
     if not args.retrieve_only:
         connect(args)
     load_models(args)
     loaded = time.perf_counter()
     store = Store(args)
-    if not args.docs and not args.index and not args.chroma_url:
-        documents = {"sample": SAMPLES}
     if documents:
         store.update(documents)
     elif args.question and not store.size:
