@@ -1116,7 +1116,6 @@ button, ::file-selector-button {
 }
 button:hover { border-color: var(--accent); }
 button:disabled { opacity: .55; cursor: default; }
-button.main { background: var(--accent); color: var(--on-accent); }
 input, textarea {
   width: 100%; padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .6rem;
   background: var(--card); color: var(--text); font: inherit;
@@ -1132,8 +1131,10 @@ main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
 #empty .chips { justify-content: center; margin-block: 1.4rem; }
 #composer { padding: .4rem 1rem .6rem; }
 #query { resize: none; max-height: 35dvh; field-sizing: content; } /* as high as its text */
-#send { padding: .6rem 1rem; min-width: 4.6rem; align-self: end; }
-#hint { margin-top: .3rem; }
+#send {
+  padding: .6rem 1rem; min-width: 4.6rem; align-self: end;
+  background: var(--accent); color: var(--on-accent);
+}
 
 .turn { margin-bottom: 2rem; }
 .question {
@@ -1177,7 +1178,6 @@ dialog {
 dialog::backdrop { background: #0007; }
 #doc-list { list-style: none; padding: 0; }
 #doc-list li { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-#key-form { display: grid; gap: .7rem; }
 /* The drawer is not modal: one can go on reading, writing and opening other passages. On a
    phone it is a sheet at the bottom; on a wide screen a column for which the page makes room. */
 #drawer {
@@ -1225,7 +1225,7 @@ dialog::backdrop { background: #0007; }
     <div class="column row">
       <textarea id="query" rows="2" maxlength="4000" aria-label="Your question"
         placeholder="Ask a question" autofocus></textarea>
-      <button id="send" class="main" type="button" disabled>Ask</button>
+      <button id="send" type="button" disabled>Ask</button>
     </div>
     <p id="hint" class="column muted">Enter asks, Shift+Enter breaks the line, Esc stops.</p>
   </form>
@@ -1259,16 +1259,6 @@ dialog::backdrop { background: #0007; }
   <div id="doc-status" role="status"></div>
   <ul id="doc-list"></ul>
 </dialog>
-<dialog id="key" aria-labelledby="key-title">
-  <form id="key-form" method="dialog">
-    <h2 id="key-title">This server asks for a key</h2>
-    <p id="key-error" class="error" role="alert"></p>
-    <label for="key-field">Key (kept until this tab is closed)</label>
-    <input id="key-field" type="password" required pattern="[!-~]+" autocomplete="off">
-    <button class="main" value="given">Use this key</button>
-    <button id="key-cancel" formnovalidate>Cancel</button>
-  </form>
-</dialog>
 <div id="drop" popover="manual"><h2>Drop the file to add it to the documents</h2></div>
 
 <script nonce="{{NONCE}}">
@@ -1294,21 +1284,11 @@ async function api(path, options = {}) {
     throw new Error("The server cannot be reached.");
   });
   if (response.status !== 401) return response;
-  await askForKey(key ? "The server did not take this key." : "");
+  const problem = key ? "The server did not take this key." : "This server asks for a key.";
+  const given = prompt(`${problem} Key (kept until this tab is closed):`);
+  if (!given?.match(/^[!-~]+$/)) throw new Error(problem);
+  sessionStorage.setItem("rag-key", given);
   return api(path, options);
-}
-
-function askForKey(problem) {
-  $("key-error").textContent = problem;
-  $("key-form").reset();
-  $("key").returnValue = "";
-  $("key").showModal();
-  return new Promise((resolve, reject) => {
-    $("key").addEventListener("close", () => {
-      if ($("key").returnValue !== "given") reject(new Error("This server asks for a key."));
-      else resolve(sessionStorage.setItem("rag-key", $("key-field").value));
-    }, { once: true });
-  });
 }
 
 // The JSON of a response; if it is an error, an Error with the words of the server.
