@@ -1107,7 +1107,7 @@ body {
   overflow-wrap: anywhere;
 }
 h1, h2, p { margin: 0; font-size: 1rem; }
-h3 { margin: 1.2rem 0 .3rem; font-size: .9rem; }
+h3, .text :is(h1, h2, h4) { margin: 1.2rem 0 .4rem; font-size: 1rem; }
 .muted { color: var(--muted); font-size: .85rem; }
 .error { color: var(--bad); }
 button, ::file-selector-button {
@@ -1142,25 +1142,21 @@ main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
   border-radius: 1rem 1rem .2rem 1rem; background: var(--soft); font-weight: normal;
 }
 .question, .passage, pre, [aria-busy="true"] .text { white-space: pre-wrap; }
-.text { overflow-x: auto; } /* for a wide table */
-.text :is(p, ul, ol, pre, blockquote, table) { margin: 0 0 .8rem; }
-.text :is(ul, ol, blockquote) { padding-left: 1.5rem; }
-.text :is(h1, h2, h3, h4) { margin: 1.2rem 0 .4rem; font-size: 1.1rem; }
+.text, .scroll { overflow-x: auto; } /* for a wide table */
+.text :is(p, ul, ol, pre, table) { margin: 0 0 .8rem; }
 a { color: var(--accent); }
 code { background: var(--soft); font: .875em ui-monospace, monospace; }
 pre { padding: .7rem .9rem; background: var(--soft); border-radius: .5rem; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
-th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: left; }
-td { vertical-align: top; }
-.cite, .bad-cite { padding: 0 .2em; border: 0; font-size: .8em; }
-.cite { background: var(--soft); color: var(--accent); }
+th, td {
+  padding: .3rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+}
+.cite { padding: 0 .2em; border: 0; background: var(--soft); color: var(--accent); font-size: .8em; }
 .bad-cite { color: var(--bad); text-decoration: underline wavy; }
 .refused .text { padding-left: .9rem; border-left: 3px solid var(--edge); color: var(--muted); }
 .chips { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; margin-top: .4rem; }
-.chips button { padding: .15rem .6rem; border-radius: 1rem; font-size: .8rem; text-align: left; }
-#empty .chips button { padding: .4rem .9rem; font-size: .9rem; }
+.chips button { padding: .2rem .7rem; border-radius: 1rem; font-size: .85rem; text-align: left; }
 .actions button { padding: .15rem .3rem; border: 0; background: none; color: var(--accent); }
-.actions button:hover { text-decoration: underline; }
 #log:has([aria-busy="true"]) .again { visibility: hidden; }
 [aria-busy="true"] .state::before {
   content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .5em;
@@ -1185,9 +1181,7 @@ dialog::backdrop { background: #0007; }
   max-height: 65dvh; overflow-y: auto; padding-top: 0; box-shadow: 0 0 1.5rem #0004;
 }
 #drawer > .row { position: sticky; top: 0; padding: .8rem 0; background: var(--card); }
-#drawer .scroll { overflow-x: auto; }
 #drawer td > div { min-width: 11rem; overflow-wrap: anywhere; }
-#drawer :is(th, td) { padding-inline: .3rem; font-size: .85rem; }
 @media (min-width: 60rem) {
   #drawer { inset: 0 0 0 auto; width: 50vw; height: 100dvh; max-height: none; border-radius: 0; }
   body:has(#drawer[open]) { padding-right: 50vw; }
@@ -1197,10 +1191,7 @@ dialog::backdrop { background: #0007; }
   header .row > :first-child { flex-basis: 100%; }
   #hint { display: none; }
 }
-#drop {
-  inset: 0; width: auto; height: auto; margin: 1rem; padding-top: 35vh; text-align: center;
-  border: 3px dashed var(--accent); border-radius: 1rem; pointer-events: none; opacity: .93;
-}
+#drop { padding: 30vh 20vw; border: 3px dashed var(--accent); pointer-events: none; }
 </style>
 </head>
 <body>
