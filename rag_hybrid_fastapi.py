@@ -1110,20 +1110,20 @@ h1, h2, p { margin: 0; font-size: 1rem; }
 h3, .text :is(h1, h2, h4) { margin: 1.2rem 0 .4rem; font-size: 1rem; }
 .muted { color: var(--muted); font-size: .85rem; }
 .error { color: var(--bad); }
-button, ::file-selector-button {
-  padding: .3rem .7rem; border: 1px solid var(--line); border-radius: .5rem; cursor: pointer;
-  background: var(--card); color: var(--text); font: inherit; font-size: .9rem;
+button, ::file-selector-button, input, textarea, dialog {
+  border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
+  color: var(--text); font: inherit;
 }
+button, ::file-selector-button { padding: .3rem .7rem; font-size: .9rem; cursor: pointer; }
 button:hover { border-color: var(--accent); }
 button:disabled { opacity: .55; cursor: default; }
-input, textarea {
-  width: 100%; padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .6rem;
-  background: var(--card); color: var(--text); font: inherit;
-}
+input, textarea { width: 100%; padding: .55rem .75rem; border-color: var(--edge); }
 .row { display: flex; align-items: center; gap: .4rem; }
 .row > :first-child { flex: 1; } /* takes the room that is left: the buttons go right */
 .column, #log > * { width: 100%; max-width: 46rem; margin-inline: auto; }
 body > header { padding: .6rem 1rem; border-bottom: 1px solid var(--line); }
+header .row { flex-wrap: wrap; }
+header .row > :first-child { flex-basis: 18rem; } /* on a phone, the buttons go below it */
 main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
 #log { overflow-y: auto; padding: 1.2rem 1rem; }
 #empty { margin-top: 14vh; text-align: center; }
@@ -1167,10 +1167,7 @@ th, td {
   @keyframes pulse { to { transform: scale(.4); } }
 }
 
-dialog {
-  width: min(34rem, 100% - 1.5rem); padding: 1rem 1.2rem; border: 1px solid var(--line);
-  border-radius: .8rem; background: var(--card); color: var(--text);
-}
+dialog { width: min(34rem, 100% - 1.5rem); padding: 1rem 1.2rem; }
 dialog::backdrop { background: #0007; }
 #doc-list { list-style: none; padding: 0; }
 #doc-list li { padding: .5rem 0; border-bottom: 1px solid var(--line); }
@@ -1186,11 +1183,7 @@ dialog::backdrop { background: #0007; }
   #drawer { inset: 0 0 0 auto; width: 50vw; height: 100dvh; max-height: none; border-radius: 0; }
   body:has(#drawer[open]) { padding-right: 50vw; }
 }
-@media (max-width: 30rem) {
-  header .row { flex-wrap: wrap; }
-  header .row > :first-child { flex-basis: 100%; }
-  #hint { display: none; }
-}
+@media (max-width: 30rem) { #hint { display: none; } }
 #drop { padding: 30vh 20vw; border: 3px dashed var(--accent); pointer-events: none; }
 </style>
 </head>
