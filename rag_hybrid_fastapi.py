@@ -241,7 +241,7 @@ class Store:
         """Open or create the store. Raises ValueError or sqlite3.Error where it is not ours."""
         import chromadb
 
-        self.args, self.lock, self.seconds = args, threading.Lock(), {}
+        self.args, self.lock = args, threading.Lock()
         words = ""  # a temporary database
         if args.index:
             words = args.index / "words.db"
@@ -717,29 +717,33 @@ async def answer(
         del kept[:2]
     if len(kept) < len(history):
         record.notes.append(f"the first {len(history) - len(kept)} messages were left out")
-    if not GREETING.fullmatch(record.question):
-        record.queries = [record.question]
-        if with_llm and (kept or args.expand):
-            record.queries = await rewrite(record, kept, args)
-        hits = await asyncio.to_thread(retrieve, record.queries, store)
-        record.context_tokens = assemble(hits, top_k, args)
-        record.candidates = [Passage(**hit) for hit in hits]
-        record.sources = [passage for passage in record.candidates if passage.n]
-    found = time.perf_counter()
-    record.seconds["retrieve"] = found - start
-    yield ""
-    if not with_llm:
-        return
-    async for piece in write(record, kept, args):
-        if not record.answer:
-            record.seconds["first_token"] = time.perf_counter() - found
-        record.answer = (record.answer or "") + piece
-        yield piece
-    record.seconds["generate"] = time.perf_counter() - found
-    if not record.answer or not record.answer.strip():
-        raise RuntimeError("the LLM returned no text")
-    record.answer = mark_citations(record.answer.strip(), len(record.sources))
-    record.refused = record.answer.startswith(REFUSAL)
+    try:
+        if not GREETING.fullmatch(record.question):
+            record.queries = [record.question]
+            if with_llm and (kept or args.expand):
+                record.queries = await rewrite(record, kept, args)
+            hits = await asyncio.to_thread(retrieve, record.queries, store)
+            record.context_tokens = assemble(hits, top_k, args)
+            record.candidates = [Passage(**hit) for hit in hits]
+            record.sources = [passage for passage in record.candidates if passage.n]
+        found = time.perf_counter()
+        record.seconds["retrieve"] = found - start
+        yield ""
+        if not with_llm:
+            return
+        async for piece in write(record, kept, args):
+            if not record.answer:
+                record.seconds["first_token"] = time.perf_counter() - found
+            record.answer = (record.answer or "") + piece
+            yield piece
+        record.seconds["generate"] = time.perf_counter() - found
+        if not record.answer or not record.answer.strip():
+            raise RuntimeError("the LLM returned no text")
+        record.answer = mark_citations(record.answer.strip(), len(record.sources))
+        record.refused = record.answer.startswith(REFUSAL)
+    except Exception as error:
+        whole = f"{error} {error.__cause__ or ''}".strip() or repr(error)
+        record.error = public(error) if "server" in args else whole
 
 
 def public(error: Exception) -> str:
@@ -850,8 +854,8 @@ def is_ready() -> dict[str, Any]:
     few = 0 if os.environ.get("RAG_API_KEY") else 3  # strangers see no headings
     topics = store.database.execute(select + "(SELECT place FROM chunks LIMIT 99) LIMIT ?", [few])
     examples = [f'What is said about "{topic}"?' for (topic,) in topics]
-    names = {"model": store.args.model, "embed_model": store.args.embed_model}
-    return {"status": "ready", "chunks": store.size, "examples": examples} | names
+    about = {"status": "ready", "model": store.args.model, "embed_model": store.args.embed_model}
+    return about | {"chunks": store.size, "examples": examples}
 
 
 async def run_events(body: Question) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
@@ -861,14 +865,11 @@ async def run_events(body: Question) -> AsyncGenerator[tuple[str, dict[str, Any]
     record = Answer(question=body.query, model=args.model, embed_model=args.embed_model)
     history = [message.model_dump() for message in body.history]
     with_llm = body.generate and not args.retrieve_only
-    try:
-        async for piece in answer(record, history, store, body.top_k or args.top_k, with_llm):
-            yield ("token", {"text": piece}) if piece else ("sources", record.model_dump())
-        if body.html:
-            record.html = nh3.clean(MARKDOWN.render(record.answer or ""))
-        yield "done", record.model_dump()
-    except Exception as error:
-        yield "error", {"detail": public(error)}
+    async for piece in answer(record, history, store, body.top_k or args.top_k, with_llm):
+        yield ("token", {"text": piece}) if piece else ("sources", record.model_dump())
+    if body.html:
+        record.html = nh3.clean(MARKDOWN.render(record.answer or ""))
+    yield ("error", {"detail": record.error}) if record.error else ("done", record.model_dump())
 
 
 @app.post("/chat", response_model=Answer, responses={200: {"content": {"text/event-stream": {}}}})
@@ -1009,7 +1010,7 @@ def open_store(args: Namespace) -> Store:
         torn = "SELECT DISTINCT place ->> 'source' FROM chunks EXCEPT SELECT source FROM documents"
         for (source,) in store.database.execute(torn):
             say(f"{source} was not added whole: add it again, or remove it")
-    store.seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
+    args.seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
     say(f"index: {store.size} chunks")
     return store
 
@@ -1029,16 +1030,10 @@ async def answer_all(store: Store) -> int:
     args, code = store.args, 0
     for question in args.question:
         record = Answer(question=question, model=args.model, embed_model=args.embed_model)
-        record.seconds |= store.seconds
-        try:
-            async for piece in answer(record, [], store, args.top_k, not args.retrieve_only):
-                if not args.json:
-                    say(piece or describe(record, args), sys.stdout, end="")
-        except BrokenPipeError:
-            raise
-        except Exception as error:
-            record.error = f"{error} {error.__cause__ or ''}".strip() or repr(error)
-            code = 1
+        record.seconds |= args.seconds
+        async for piece in answer(record, [], store, args.top_k, not args.retrieve_only):
+            if not args.json:
+                say(piece or describe(record, args), sys.stdout, end="")
         if args.json:
             print(json.dumps(record.model_dump(exclude={"candidates", "html"})), flush=True)
         else:
@@ -1047,6 +1042,7 @@ async def answer_all(store: Store) -> int:
             say(note)
         if record.error:
             say(f"error: {record.error}")
+            code = 1
     return code
 
 
@@ -1064,20 +1060,19 @@ def main(argv: list[str] | None = None) -> int:
     for question in args.question:
         if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
             PARSER.error(f"{question} is a path, not a question: use --docs for each path")
-    code = 0
     try:
-        code = asyncio.run(answer_all(open_store(args))) if args.question else serve(args)
+        return asyncio.run(answer_all(open_store(args))) if args.question else serve(args)
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except BrokenPipeError:  # the reader of stdout, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if os.environ.get("DEBUG"):
             raise
         where = f"{args.index} (open elsewhere?): " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}")
-        code = 2 if isinstance(error, (OSError, OverflowError, ValueError, sqlite3.Error)) else 1
-    return code
+        return 2 if isinstance(error, (OSError, OverflowError, ValueError, sqlite3.Error)) else 1
 
 
 # --- the page ---
@@ -1144,19 +1139,19 @@ main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
 .question, .passage, pre, [aria-busy="true"] .text { white-space: pre-wrap; }
 .text, .scroll { overflow-x: auto; } /* for a wide table */
 .text :is(p, ul, ol, pre, table) { margin: 0 0 .8rem; }
-a { color: var(--accent); }
+a, .cite, .actions button { color: var(--accent); }
 code { background: var(--soft); font: .875em ui-monospace, monospace; }
 pre { padding: .7rem .9rem; background: var(--soft); border-radius: .5rem; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td {
   padding: .3rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
 }
-.cite { padding: 0 .2em; border: 0; background: var(--soft); color: var(--accent); font-size: .8em; }
+.cite { padding: 0 .2em; border: 0; background: var(--soft); font-size: .8em; }
 .bad-cite { color: var(--bad); text-decoration: underline wavy; }
 .refused .text { padding-left: .9rem; border-left: 3px solid var(--edge); color: var(--muted); }
 .chips { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; margin-top: .4rem; }
 .chips button { padding: .2rem .7rem; border-radius: 1rem; font-size: .85rem; text-align: left; }
-.actions button { padding: .15rem .3rem; border: 0; background: none; color: var(--accent); }
+.actions button { padding: .15rem .3rem; border: 0; background: none; }
 #log:has([aria-busy="true"]) .again { visibility: hidden; }
 [aria-busy="true"] .state::before {
   content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .5em;
