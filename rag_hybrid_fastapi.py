@@ -1256,25 +1256,23 @@ const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
 
 // ---- Talking to the server ----
 
+// The response to a request; where that failed, an Error with the words of the server.
 async function api(path, options = {}) {
   const key = sessionStorage.getItem("rag-key");
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers }).catch(() => {
     throw new Error("The server cannot be reached.");
   });
-  if (response.status !== 401) return response;
+  if (response.ok) return response;
+  if (response.status !== 401) {
+    const body = await response.json().catch(() => null);
+    throw new Error(body?.detail ?? `The server answered with status ${response.status}.`);
+  }
   const problem = key ? "The server did not take this key." : "This server asks for a key.";
   const given = prompt(`${problem} Key (kept until this tab is closed):`);
   if (!given?.match(/^[!-~]+$/)) throw new Error(problem);
   sessionStorage.setItem("rag-key", given);
   return api(path, options);
-}
-
-// The JSON of a response; if it is an error, an Error with the words of the server.
-async function json(response) {
-  const body = await response.json().catch(() => null);
-  if (response.ok) return body;
-  throw new Error(body?.detail ?? `The server answered with status ${response.status}.`);
 }
 
 // Server-sent events, which a blank line ends. Network chunks end anywhere, so the last, perhaps
@@ -1296,7 +1294,7 @@ async function* serverEvents(response) {
 
 async function checkReady() {
   try {
-    const { model, chunks, examples } = await json(await api("/readyz"));
+    const { model, chunks, examples } = await (await api("/readyz")).json();
     $("status").textContent = `${model ?? "quotes, no LLM"}, ${count(chunks, "chunk")}`;
     $("send").disabled = false;
     $("examples").replaceChildren(...examples.map((question) =>
@@ -1367,7 +1365,6 @@ async function ask(question, history = messages.slice(-8)) {
       body: JSON.stringify({ query: question, history, stream: true, html: true }),
       signal: controller.signal,
     });
-    if (!response.ok) await json(response); // throws
     for await (const [name, data] of serverEvents(response)) {
       const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
       handle[name]?.(data);
@@ -1490,7 +1487,7 @@ function say(text, className = "") {
 }
 
 async function listDocuments() {
-  const documents = await json(await api("/documents"));
+  const documents = await (await api("/documents")).json();
   const items = documents.map(({ source, chunks, pages, uploaded }) => {
     const onclick = () => { if (confirm(`Remove ${source}?`)) removeDocument(source); };
     const remove = make("button", { onclick, ariaLabel: `Remove ${source}` }, "Remove");
@@ -1505,7 +1502,7 @@ async function listDocuments() {
 // Changes the documents, says what came of it, and shows them as they are then.
 async function change(path, options, describe) {
   try {
-    say(describe(await json(await api(path, options))));
+    say(describe(await (await api(path, options)).json()));
     await listDocuments();
     checkReady();
   } catch (error) {
