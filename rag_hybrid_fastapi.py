@@ -520,13 +520,12 @@ def connect(args: Namespace) -> None:
     has_key = [llm for llm, name in KEYS.items() if os.environ.get(name)]
     llm, named = args.llm or [*has_key, "ollama"][0], args.llm or args.model
     args.llm, args.model = llm, args.model or LLM_MODELS.get(llm)
-    key = os.environ.get(KEYS[llm], "") if llm in KEYS else "-"
-    if key.split() != [key]:
-        raise ValueError(f"{KEYS[llm]} is not set, or contains whitespace: export it")
-    if llm == "claude":
-        args.client = anthropic.AsyncAnthropic(timeout=120)
-    if llm == "openai":
-        args.client = openai.AsyncOpenAI(timeout=120)
+    if llm in KEYS:
+        key = os.environ.get(KEYS[llm], "")
+        if key.split() != [key]:
+            raise ValueError(f"{KEYS[llm]} is not set, or contains whitespace: export it")
+        sdk = anthropic.AsyncAnthropic if llm == "claude" else openai.AsyncOpenAI
+        args.client = sdk(timeout=120)
     if llm != "ollama":
         return
     host = os.environ.get("OLLAMA_HOST", "").replace("0.0.0.0", "127.0.0.1") or "127.0.0.1"
