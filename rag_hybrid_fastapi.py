@@ -1125,10 +1125,7 @@ main { display: grid; grid-template: minmax(0, 1fr) auto / minmax(0, 1fr); }
 #empty .chips { justify-content: center; margin-block: 1.4rem; }
 #composer { padding: .4rem 1rem .6rem; }
 #query { resize: none; max-height: 35dvh; field-sizing: content; } /* as high as its text */
-#send {
-  padding: .6rem 1rem; min-width: 4.6rem; align-self: end;
-  background: var(--accent); color: var(--on-accent);
-}
+#send { align-self: stretch; width: 4.6rem; background: var(--accent); color: var(--on-accent); }
 
 .turn { margin-bottom: 2rem; }
 .question {
@@ -1142,9 +1139,8 @@ a, .cite, .actions button { color: var(--accent); }
 code { background: var(--soft); font: .875em ui-monospace, monospace; }
 pre { padding: .7rem .9rem; background: var(--soft); border-radius: .5rem; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
-th, td {
-  padding: .3rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-}
+tr { vertical-align: top; }
+th, td { padding: .3rem; border-bottom: 1px solid var(--line); text-align: left; }
 .cite { padding: 0 .2em; border: 0; background: var(--soft); font-size: .8em; }
 .bad-cite { color: var(--bad); text-decoration: underline wavy; }
 .refused .text { padding-left: .9rem; border-left: 3px solid var(--edge); color: var(--muted); }
@@ -1154,12 +1150,10 @@ th, td {
 #log:has([aria-busy="true"]) .again { visibility: hidden; }
 [aria-busy="true"] .state::before {
   content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .5em;
-  border-radius: 50%; background: var(--accent);
+  border-radius: 50%; background: var(--accent); animation: pulse .8s infinite alternate;
 }
-@media (prefers-reduced-motion: no-preference) {
-  [aria-busy="true"] .state::before { animation: pulse .8s ease-in-out infinite alternate; }
-  @keyframes pulse { to { transform: scale(.4); } }
-}
+@keyframes pulse { to { transform: scale(.4); } }
+@media (prefers-reduced-motion) { .state::before { animation: none !important; } }
 
 dialog { width: min(34rem, 100% - 1.5rem); padding: 1rem 1.2rem; }
 dialog::backdrop { background: #0007; }
@@ -1488,7 +1482,11 @@ function say(text, className = "") {
 async function listDocuments() {
   const documents = await (await api("/documents")).json();
   const items = documents.map(({ source, chunks, pages, uploaded }) => {
-    const onclick = () => { if (confirm(`Remove ${source}?`)) removeDocument(source); };
+    const onclick = () => {
+      if (!confirm(`Remove ${source}?`)) return;
+      $("file").focus(); // the button goes with the old list
+      change(`/documents/${encodeURIComponent(source)}`, { method: "DELETE" });
+    };
     const remove = make("button", { onclick, ariaLabel: `Remove ${source}` }, "Remove");
     const size = [count(chunks, "chunk"), pages && count(pages, "page"), uploaded && "uploaded"];
     const facts = make("p", { className: "muted" }, size.filter(Boolean).join(", "));
@@ -1499,20 +1497,16 @@ async function listDocuments() {
 }
 
 // Changes the documents, says what came of it, and shows them as they are then.
-async function change(path, options, describe) {
+async function change(path, options) {
   try {
-    say(describe(await (await api(path, options)).json()));
+    const { source, added } = await (await api(path, options)).json();
+    const size = count(added, "new chunk");
+    say(options.body ? `Added ${source}: ${size}.` : `Removed ${source}.`);
     await listDocuments();
     checkReady();
   } catch (error) {
     say(error.message, "error");
   }
-}
-
-function removeDocument(source) {
-  $("file").focus(); // the button goes with the old list
-  const path = `/documents/${encodeURIComponent(source)}`;
-  change(path, { method: "DELETE" }, () => `Removed ${source}.`);
 }
 
 async function addFiles(files) {
@@ -1521,8 +1515,7 @@ async function addFiles(files) {
     say(`Adding ${file.name} ...`);
     const body = new FormData();
     body.append("file", file);
-    await change("/documents", { method: "POST", body }, ({ source, added }) =>
-      `Added ${source}: ${count(added, "new chunk")}.`);
+    await change("/documents", { method: "POST", body });
   }
 }
 
