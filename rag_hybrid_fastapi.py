@@ -849,9 +849,9 @@ async def is_alive() -> dict[str, str]:
 def is_ready() -> dict[str, Any]:
     """What is served, and questions to start with."""
     store = app.state.store
-    select = "SELECT DISTINCT coalesce(place ->> 'heading', place ->> 'source') FROM "
+    select = "SELECT DISTINCT coalesce(place ->> 'heading', place ->> 'source') FROM chunks LIMIT ?"
     few = 0 if os.environ.get("RAG_API_KEY") else 3  # strangers see no headings
-    topics = store.database.execute(select + "(SELECT place FROM chunks LIMIT 99) LIMIT ?", [few])
+    topics = store.database.execute(select, [few])
     examples = [f'What is said about "{topic}"?' for (topic,) in topics]
     about = {"status": "ready", "model": store.args.model, "embed_model": store.args.embed_model}
     return about | {"chunks": store.size, "examples": examples}
@@ -949,10 +949,8 @@ def serve(args: Namespace) -> int:
 # --- command line: questions or a server ---
 
 SAMPLES = [
-    "# The Halden mill\n\nThe water mill of Halden has ground rye since 1764. Its wheel has 32 oak "
-    "paddles. The miller is Sunniva Aas; before her it was her uncle Torbern.",
-    "# Pump HX-220\n\nThe pump HX-220 lifts water to the mill pond. Error E47 means that its inlet "
-    "sieve is blocked: switch it off, lift the green lid, and rinse the sieve.",
+    "# The Halden mill\n\nThe miller is Sunniva Aas; before her it was her uncle Torbern.",
+    "# Pump HX-220\n\nError E47 means that its inlet sieve is blocked: switch it off first.",
     "# Flour\n\nA sack of rye flour weighs 25 kg and costs 310 crowns. It keeps for nine months.",
 ]
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -1094,7 +1092,6 @@ PAGE = r"""<!doctype html>
   --soft: light-dark(#e6edf6, #28323f);   --bad: light-dark(#a1242b, #ff9d9d);
 }
 * { box-sizing: border-box; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body {
   display: grid; grid-template: auto minmax(0, 1fr) / minmax(0, 1fr); height: 100dvh; margin: 0;
   background: var(--page); color: var(--text); font: 1rem/1.55 system-ui, sans-serif;
