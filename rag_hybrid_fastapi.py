@@ -311,7 +311,8 @@ class Store:
                 chunk["uploaded"] = uploaded
                 key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
                 wanted[int.from_bytes(key)] = chunk
-        is_changed, names = "IN (SELECT value FROM json_each(?))", [json.dumps([*changed])]
+        is_changed = "IN (SELECT value FROM json_each(?))"
+        names = [json.dumps([*changed])]
         with self.lock, self.database:  # a change that is killed half way must not look done
             self.database.execute(f"DELETE FROM documents WHERE source {is_changed}", names)
         select = f"SELECT rowid FROM chunks WHERE place ->> 'source' {is_changed}"
@@ -992,8 +993,8 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
 def open_store(args: Namespace) -> Store:
     """Load the models, and open the store with what --docs holds, or with the samples."""
     start = time.perf_counter()
-    kept = args.index or args.chroma_url
-    documents = load_documents(args.docs) if args.docs else {} if kept else {"sample": SAMPLES}
+    is_kept = args.index or args.chroma_url
+    documents = load_documents(args.docs) if args.docs else {} if is_kept else {"sample": SAMPLES}
     if not args.retrieve_only:
         connect(args)
     load_models(args)
