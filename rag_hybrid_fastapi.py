@@ -1157,6 +1157,7 @@ dialog { width: min(34rem, 100% - 1.5rem); padding: 1rem 1.2rem; }
 dialog::backdrop { background: #0007; }
 #doc-list { list-style: none; padding: 0; }
 #doc-list li { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+#key-form { display: grid; gap: .7rem; }
 /* The drawer is not modal: one can go on reading, writing and opening other passages. On a
    phone it is a sheet at the bottom; on a wide screen a column for which the page makes room. */
 #drawer {
@@ -1229,6 +1230,16 @@ dialog::backdrop { background: #0007; }
   <div id="doc-status" role="status"></div>
   <ul id="doc-list"></ul>
 </dialog>
+<dialog id="key" aria-labelledby="key-title">
+  <form id="key-form" method="dialog">
+    <h2 id="key-title">This server asks for a key</h2>
+    <p id="key-error" class="error" role="alert"></p>
+    <label for="key-field">Key (kept until this tab is closed)</label>
+    <input id="key-field" type="password" required pattern="[!-~]+" autocomplete="off">
+    <button value="given">Use this key</button>
+    <button id="key-cancel" formnovalidate>Cancel</button>
+  </form>
+</dialog>
 <div id="drop" popover="manual"><h2>Drop the file to add it to the documents</h2></div>
 
 <script nonce="{{NONCE}}">
@@ -1259,11 +1270,21 @@ async function api(path, options = {}) {
     const body = await response.json().catch(() => null);
     throw new Error(body?.detail ?? `The server answered with status ${response.status}.`);
   }
-  const problem = key ? "The server did not take this key." : "This server asks for a key.";
-  const given = prompt(`${problem} Key (kept until this tab is closed):`);
-  if (!given?.match(/^[!-~]+$/)) throw new Error(problem);
-  sessionStorage.setItem("rag-key", given);
+  await askForKey(key ? "The server did not take this key." : "");
   return api(path, options);
+}
+
+function askForKey(problem) {
+  $("key-error").textContent = problem;
+  $("key-form").reset();
+  $("key").returnValue = "";
+  $("key").showModal();
+  return new Promise((resolve, reject) => {
+    $("key").addEventListener("close", () => {
+      if ($("key").returnValue !== "given") reject(new Error("This server asks for a key."));
+      else resolve(sessionStorage.setItem("rag-key", $("key-field").value));
+    }, { once: true });
+  });
 }
 
 // Server-sent events, which a blank line ends. Network chunks end anywhere, so the last, perhaps
