@@ -14,9 +14,9 @@
     uv run rag_async.py --docs notes/ --questions questions.txt --out answers.jsonl
     uv run rag_async.py --docs notes/ "What is due?" "Who pays?" --concurrency 2
 
---questions has a question a line, or JSON Lines with "question". --out takes each answer when it
-is there; the same command resumes a stopped run. Requires OPENAI_API_KEY and 46 MB of packages; a
-question costs about half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible server. Not in
+--questions has a question a line, or JSON Lines with "question". --out gets each answer when it is
+there; a question that it answers is not asked again. Requires OPENAI_API_KEY and 46 MB of packages;
+a question costs about half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible server. Not in
 here: one question at a time (rag_faiss_openai.py), streaming and a chat (rag_streaming.py).
 """
 
@@ -223,7 +223,7 @@ def read_questions(path: str) -> list[str]:
             question = json.loads(text)["question"] if text.startswith("{") else text
             questions.append(question.strip())
         except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {n} is no question: {error!r}") from error
+            raise ArgumentTypeError(f"{path}, line {n} is not a question: {error!r}") from error
     return list(filter(None, questions))
 
 
@@ -240,7 +240,7 @@ def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
                 answers[record["question"]] = record["answer"] if not record["error"] else None
                 out.write("" if line.endswith(b"\n") else "\n")
         except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {n} is no answer: {error!r}") from error
+            raise ArgumentTypeError(f"{path}, line {n} is not an answer: {error!r}") from error
     return out, answers
 
 
@@ -300,14 +300,14 @@ QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument
-add("question", nargs="*", help="without --docs and --index: the demonstration's questions")
+add("question", nargs="*", help="what to ask; may be repeated")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep --docs indexed there; without --docs, ask it")
+add("--index", type=Path, metavar="PATH", help="keep the index of --docs there; alone, ask it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
 add("--retrieve-only", action="store_true", help="print whole passages, without calling the LLM")
-add("--show-prompt", action="store_true", help="print each prompt to stderr")
+add("--show-prompt", action="store_true", help="print each answer's prompt to stderr")
 add("--json", action="store_true", help="print one JSON object per question")
 
 
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("DEBUG"):
             raise
         where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
-        say(f"error: {where}{error} {error.__cause__ or ''}")
+        say(f"error: {where}{error} {error.__cause__ or ''}".rstrip())
         code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
     return code
 

@@ -25,9 +25,9 @@
 Passages are found by meaning (Chroma) and by words (BM25 in SQLite); each answer has a trace of
 what every stage did. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where
 ANTHROPIC_API_KEY is, else Ollama; where there is none, the best sentences are quoted. Needs 1.5 GB
-of memory, and at first 0.5 GB of packages (3.4 GB on Linux: the lines above say how to take less).
-On any address but this machine's own it needs RAG_API_KEY, which clients must send. The smaller
-scripts show the loop without all this: read rag_chroma_claude.py first.
+of memory, and 0.5 GB of packages (3.4 GB on Linux: the first lines of the file say how to take
+less). On any address but this machine's own it needs RAG_API_KEY, which clients must send. The
+smaller scripts show the loop without all this: read rag_chroma_claude.py first.
 """
 
 import asyncio
@@ -89,6 +89,7 @@ def read_pages(name: str, content: bytes) -> list[str]:
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         pages = [UnicodeDammit(content, user_encodings=["utf-8", "cp1252"]).unicode_markup or ""]
     if kind in (".html", ".htm", ".docx"):
+        pages[0] = re.sub(r"<\?xml.*?\?>", "", pages[0])  # of XHTML
         plain: Any = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
         pages = [markdownify(pages[0], heading_style="ATX", strip=["a", "img"], **plain)]
     text = "".join(pages)
@@ -964,21 +965,21 @@ kept = PARSER.add_mutually_exclusive_group().add_argument
 kept("--index", type=Path, metavar="PATH", help="keep the index in this folder")
 kept("--chroma-url", metavar="URL", help="keep the index on a server, or: cloud")
 add("--chunker", choices=CHUNKERS, default="recursive", help="how to split (%(default)s)")
-add("--chunk-tokens", **COUNT, default=240, help="at most (%(default)s)")
-add("--chunk-overlap", **COUNT, default=32, help="tokens (%(default)s)")
+add("--chunk-tokens", **COUNT, default=240, help="of a chunk, at most (%(default)s)")
+add("--chunk-overlap", **COUNT, default=32, help="of both neighbours (%(default)s)")
 add("--retriever", choices=["hybrid", "dense", "bm25"], default="hybrid", help="(%(default)s)")
-add("--fusion", choices=["scores", "rrf"], default="scores", help="of both lists (%(default)s)")
+add("--fusion", choices=["scores", "rrf"], default="scores", help="how lists merge (%(default)s)")
 add("--expand", **COUNT, default=0, choices=range(10), help="look up N paraphrases too")
 add("--reranker", choices=["none", "cross-encoder"], default="none", help="(%(default)s)")
 add("--rerank-model", default=CROSS_ENCODER, metavar="NAME", help="(%(default)s)")
-add("--mmr", type=float, default=1.0, metavar="LAMBDA", help="below 1: passages that differ")
+add("--mmr", type=float, default=1.0, metavar="LAMBDA", help="below 1: prefer what differs")
 add("--top-k", **COUNT, default=4, choices=range(1, POOL + 1), help="passages (%(default)s)")
 add("--window", **COUNT, default=16_384, help="tokens that the LLM reads (%(default)s)")
-add("--llm", choices=[*LLM_MODELS, "quotes"], help="what answers (the first that has a key)")
+add("--llm", choices=[*LLM_MODELS, "quotes"], help="what answers (the first available)")
 add("--model", metavar="NAME", help="the LLM's model")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
 add("--retrieve-only", action="store_true", help="print whole passages, without calling the LLM")
-add("--show-prompt", action="store_true", help="print each prompt to stderr")
+add("--show-prompt", action="store_true", help="print each answer's prompt to stderr")
 add("--json", action="store_true", help="print one JSON object per question")
 add("--host", default="127.0.0.1", help="where to serve (%(default)s)")
 add("--port", type=int, default=8000, help="(%(default)s)")
@@ -1049,7 +1050,7 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_intermixed_args(argv)
     is_local = args.host in ("127.0.0.1", "localhost", "::1")
     if not args.question and not is_local and not os.environ.get("RAG_API_KEY"):
-        PARSER.error("others can reach --host: set RAG_API_KEY")
+        PARSER.error(f"others can reach --host {args.host}: set RAG_API_KEY")
     if args.window < 1_000:
         PARSER.error("--window must be 1000 or more: half of it is for the passages")
     for path in args.docs or ([args.index] if args.question and args.index else []):
@@ -1069,7 +1070,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("DEBUG"):
             raise
         where = f"{args.index} (open elsewhere?): " if isinstance(error, sqlite3.Error) else ""
-        say(f"error: {where}{error} {error.__cause__ or ''}")
+        say(f"error: {where}{error} {error.__cause__ or ''}".rstrip())
         return 2 if isinstance(error, (OSError, OverflowError, ValueError, sqlite3.Error)) else 1
 
 
@@ -1225,8 +1226,8 @@ dialog::backdrop { background: #0007; }
   <form class="row" method="dialog">
     <h2 id="docs-title">Documents</h2><button id="docs-close">Close</button>
   </form>
-  <label for="file">Add files (.txt .md .rst .html .pdf .docx)</label>
-  <input id="file" type="file" multiple accept=".txt,.md,.rst,.html,.pdf,.docx">
+  <label for="file">Add files (.txt .md .rst .html .htm .pdf .docx)</label>
+  <input id="file" type="file" multiple accept=".txt,.md,.rst,.html,.htm,.pdf,.docx">
   <div id="doc-status" role="status"></div>
   <ul id="doc-list"></ul>
 </dialog>

@@ -22,10 +22,10 @@
     uv run rag_local_ollama.py --docs notes/ "What did we decide?"
     uv run rag_local_ollama.py --docs notes/ --index notes.db     # later runs embed only changes
 
-Requires no key, but 0.5 GB of packages (on Linux 3.4 GB, or less: see above) and 1.2 GB of memory.
-Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the answers. Where none listens at
-OLLAMA_HOST, a tiny embedded LLM quotes the passages; so does any --model FILE.gguf. Not in here:
-a vector database (rag_chroma_claude.py), a chat (rag_streaming.py).
+Requires no key, but 0.5 GB of packages (3.4 GB on Linux: the first lines of the file say how to
+take less) and 1.2 GB of memory. Ollama (ollama.com, then `ollama pull qwen3:4b`) writes the
+answers. Where none listens at OLLAMA_HOST, a tiny embedded LLM quotes; so does --model FILE.gguf.
+Not in here: a vector database (rag_chroma_claude.py), a chat (rag_streaming.py).
 """
 
 import json
@@ -350,14 +350,14 @@ QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument
-add("question", nargs="*", help="without --docs and --index: the demonstration's questions")
+add("question", nargs="*", help="what to ask; may be repeated")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep --docs indexed there; without --docs, ask it")
+add("--index", type=Path, metavar="PATH", help="keep the index of --docs there; alone, ask it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
 add("--retrieve-only", action="store_true", help="print whole passages, without calling the LLM")
-add("--show-prompt", action="store_true", help="print each prompt to stderr")
+add("--show-prompt", action="store_true", help="print each answer's prompt to stderr")
 add("--json", action="store_true", help="print one JSON object per question")
 
 
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("DEBUG"):
             raise
         where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
-        say(f"error: {where}{error} {error.__cause__ or ''}")
+        say(f"error: {where}{error} {error.__cause__ or ''}".rstrip())
         code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
     return code
 

@@ -250,7 +250,8 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
                 say(f"looked up: {query}")
             record["sources"] = retrieve(query, index, args)
             found = perf_counter()
-            say(f"\nQuestion: {question}", screen)
+            if not is_chat:
+                say(f"\nQuestion: {question}", screen)
             for hit in record["sources"]:
                 place = f"{hit['source']}, page {hit['page']}" if hit["page"] else hit["source"]
                 text = hit["text"] if args.retrieve_only else " ".join(hit["text"].split())[:200]
@@ -286,14 +287,14 @@ QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument
-add("question", nargs="*", help="without --docs and --index: the demonstration's questions")
+add("question", nargs="*", help="what to ask; may be repeated")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep --docs indexed there; without --docs, ask it")
+add("--index", type=Path, metavar="PATH", help="keep the index of --docs there; alone, ask it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
 add("--retrieve-only", action="store_true", help="print whole passages, without calling the LLM")
-add("--show-prompt", action="store_true", help="print each prompt to stderr")
+add("--show-prompt", action="store_true", help="print each answer's prompt to stderr")
 add("--json", action="store_true", help="print one JSON object per question")
 
 
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("DEBUG"):
             raise
         where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
-        say(f"error: {where}{error} {error.__cause__ or ''}")
+        say(f"error: {where}{error} {error.__cause__ or ''}".rstrip())
         code = 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
     return code
 

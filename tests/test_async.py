@@ -98,7 +98,7 @@ def test_questions_are_lines_json_lines_or_stdin(ask, monkeypatch):
 @pytest.mark.parametrize("line", [b'{"text": "?"}', b'{"question": 3}', b'{"question": "'])
 def test_a_bad_line_and_a_missing_file_are_named(ask, llm, line):
     Path("q").write_bytes(b'{"question": "Who?"}\n{"question": "Where?"}\n' + line + b"\n")
-    for file, place in (("q", "q, line 3 is no question: "), ("no/such", "no/such")):
+    for file, place in (("q", "q, line 3 is not a question: "), ("no/such", "no/such")):
         done = ask("--questions", file)
         assert (done.code, done.out, llm.requests, place in done.err) == (2, "", [], True)
 
@@ -135,7 +135,7 @@ def test_an_out_that_is_something_else_is_refused_and_left_as_it_was(ask, llm, c
     Path("out.jsonl").write_text(content)
     done = ask(*OUT)
     assert (done.code, done.out, llm.chat_requests) == (2, "", [])
-    assert "out.jsonl, line 1 is no answer: " in done.err
+    assert "out.jsonl, line 1 is not an answer: " in done.err
     assert Path("out.jsonl").read_text() == content
 
 
