@@ -81,7 +81,8 @@ def pumps(args):
 
 
 def test_html_is_read_as_markdown_with_its_headings():
-    html = b"<?xml version='1.0'?><style>p {}</style><h2>Dams</h2><p>A <b>weir</b> of *oak* <a href=x>here</a></p>"
+    html = b"<?xml version='1.0'?><style>p {}</style>"
+    html += b"<h2>Dams</h2><p>A <b>weir</b> of *oak* <a href=x>here</a></p>"
     assert rag.read_pages("a.html", html)[0].strip() == "## Dams\n\nA **weir** of *oak* here"
 
 
