@@ -123,7 +123,7 @@ def embed(texts: list[str], args: Namespace) -> np.ndarray:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
-    """Replace what the index holds by `chunks`, embedding new texts; without any, load it."""
+    """Replace the index's content with `chunks`, embedding new texts; without any, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
     if not db.execute("SELECT * FROM sqlite_master").fetchone():  # new; if not ours, SELECT fails
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
@@ -302,7 +302,7 @@ RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage
 add = PARSER.add_argument
 add("question", nargs="*", help="what to ask; may be repeated")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep the index of --docs there; alone, ask it")
+add("--index", type=Path, metavar="PATH", help="keep the index there; without --docs, query it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")

@@ -138,7 +138,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> Any:
-    """Replace what the collection holds by `chunks`, embedding new ones; without any, open it."""
+    """Replace the collection's content with `chunks`, embedding new ones; without any, open it."""
     import chromadb
 
     if args.chroma_url == "cloud":
@@ -281,7 +281,7 @@ RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage
 add = PARSER.add_argument
 add("question", nargs="*", help="what to ask; may be repeated")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep the index of --docs there; alone, ask it")
+add("--index", type=Path, metavar="PATH", help="keep the index there; without --docs, query it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")

@@ -142,7 +142,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
-    """Replace what the index holds by `chunks`, embedding new texts; without any, load it."""
+    """Replace the index's content with `chunks`, embedding new texts; without any, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
     if not db.execute("SELECT * FROM sqlite_master").fetchone():  # new; if not ours, SELECT fails
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
@@ -180,7 +180,7 @@ def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> 
     from sentence_transformers.util import dot_score
 
     chunks, vectors = index
-    scores = dot_score(embed([question], args, query=True), vectors)[0]  # unit vectors': cosines
+    scores = dot_score(embed([question], args, query=True), vectors)[0]  # cosines: unit vectors
     best = scores.argsort(descending=True)[: args.top_k].tolist()
     return [{"n": n, "score": float(scores[i]), **chunks[i]} for n, i in enumerate(best, 1)]
 
@@ -352,7 +352,7 @@ RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage
 add = PARSER.add_argument
 add("question", nargs="*", help="what to ask; may be repeated")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-add("--index", type=Path, metavar="PATH", help="keep the index of --docs there; alone, ask it")
+add("--index", type=Path, metavar="PATH", help="keep the index there; without --docs, query it")
 add("--top-k", type=int, default=4, metavar="N", help="passages per question (%(default)s)")
 add("--model", default=LLM_MODEL, metavar="NAME", help="the LLM (%(default)s)")
 add("--embed-model", default=EMBED_MODEL, metavar="NAME", help="the embedder (%(default)s)")
