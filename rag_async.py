@@ -14,22 +14,20 @@
     uv run rag_async.py --docs notes/ --questions questions.txt --out answers.jsonl
     uv run rag_async.py --docs notes/ "What is due?" "Who pays?" --concurrency 2
 
---questions has a question a line, or JSON Lines with "question". --out gets each answer when it is
-there; a question that it answers is not asked again. Requires OPENAI_API_KEY and 46 MB of packages;
-a question costs about half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible server. Not in
-here: one question at a time (rag_faiss_openai.py), streaming and a chat (rag_streaming.py).
+--questions has a question a line. --out gets each answer when it is there; a question that it
+answers is not asked again. Requires OPENAI_API_KEY and 46 MB of packages; a question costs about
+half a cent. Set OPENAI_BASE_URL to use any OpenAI-compatible server. Not in here: one question at a
+time (rag_faiss_openai.py), streaming and a chat (rag_streaming.py).
 """
 
 import asyncio
 import json
-import logging
 import os
 import re
 import sqlite3
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
@@ -71,7 +69,6 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = []
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -177,8 +174,8 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # A passage cannot contain a digest of itself, so it cannot close its own tag.
-    tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
+    # No passage can contain its own hash, so none can close its tag.
+    tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
         prompt += f'<{tag} n="{hit["n"]}" source={hit["source"]!r}>\n{hit["text"]}\n</{tag}>\n\n'
@@ -214,23 +211,17 @@ async def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[s
 
 
 def read_questions(path: str) -> list[str]:
-    """Read --questions: one a line, or JSON Lines with "question". "-" is stdin."""
-    lines = sys.stdin.buffer if path == "-" else Path(path).read_bytes().splitlines()
-    questions = []
-    for n, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig").strip()
-            question = json.loads(text)["question"] if text.startswith("{") else text
-            questions.append(question.strip())
-        except Exception as error:
-            raise ArgumentTypeError(f"{path}, line {n} is not a question: {error!r}") from error
-    return list(filter(None, questions))
+    """Read --questions, one a line; "-" is stdin."""
+    try:
+        text = sys.stdin.read() if path == "-" else read_file(Path(path))[0]["text"]
+    except ValueError as error:
+        raise ArgumentTypeError(f"{path}: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def open_out(path: str) -> tuple[TextIO, dict[str, Any]]:
     """Open --out, and read the answers there by question. Drops a torn last line."""
-    out = Path(path).open("a", buffering=1)  # noqa: SIM115 - a line is one write
-    answers = {}
+    out, answers = Path(path).open("a", buffering=1), {}  # noqa: SIM115 - a line is one write
     for n, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
         try:
             if line.startswith(b'{"question":') and not line.endswith((b"\n", b"}")):
@@ -322,11 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         args = PARSER.parse_intermixed_args(argv)
-        if args.top_k < 1:
-            PARSER.error("--top-k must be 1 or more")
         for path in filter(None, args.docs or [args.index]):
-            if not Path(path).exists():
-                PARSER.error(f"{path} does not exist")
+            Path(path).stat()  # an error where it does not exist
         for path in filter(os.path.exists, args.question):
             PARSER.error(f"{path} is a path, not a question: use --docs for each path")
         start = perf_counter()

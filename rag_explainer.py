@@ -49,7 +49,6 @@ import importlib.metadata
 import inspect
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -109,7 +108,6 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = []
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]

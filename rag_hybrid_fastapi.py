@@ -497,8 +497,8 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # A passage cannot contain a digest of itself, so it cannot close its own tag.
-    tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
+    # No passage can contain its own hash, so none can close its tag.
+    tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
         prompt += f'<{tag} n="{hit["n"]}" source={hit["source"]!r}>\n{hit["text"]}\n</{tag}>\n\n'

@@ -20,7 +20,6 @@ server. Not in here: many questions at once (rag_async.py), local models (rag_lo
 """
 
 import json
-import logging
 import os
 import re
 import sqlite3
@@ -28,7 +27,6 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
-from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -70,7 +68,6 @@ def read_file(file: Path) -> list[Chunk]:
 
 def load_documents(paths: list[str]) -> list[Chunk]:
     """Read files and folders, without hidden files; report what can't be read."""
-    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = []
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -174,8 +171,8 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # A passage cannot contain a digest of itself, so it cannot close its own tag.
-    tag = f"passage-{sha256(str(hits).encode()).hexdigest()[:12]}"
+    # No passage can contain its own hash, so none can close its tag.
+    tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
         prompt += f'<{tag} n="{hit["n"]}" source={hit["source"]!r}>\n{hit["text"]}\n</{tag}>\n\n'
@@ -309,11 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         args = PARSER.parse_intermixed_args(argv)
-        if args.top_k < 1:
-            PARSER.error("--top-k must be 1 or more")
         for path in filter(None, args.docs or [args.index]):
-            if not Path(path).exists():
-                PARSER.error(f"{path} does not exist")
+            Path(path).stat()  # an error where it does not exist
         for path in filter(os.path.exists, args.question):
             PARSER.error(f"{path} is a path, not a question: use --docs for each path")
         start = perf_counter()

@@ -286,7 +286,7 @@ def question(options: argparse.Namespace) -> Iterator[bool]:
 def start(options: argparse.Namespace) -> Iterator[bool]:
     """`uv run` of a script that can only give help or an error, beside `uv run` of nothing."""
     for script in sorted(ROOT.glob("rag_*.py")):
-        asked = [(["--help"], 0), (["--top-k", "0"], 2)]
+        asked = [(["--help"], 0), (["--top-k", "x"], 2)]
         if "API_KEY is not set" in script.read_text(encoding="utf-8"):
             asked.append(([QUESTION], 2))
         for words, code in asked:

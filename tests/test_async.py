@@ -86,21 +86,24 @@ def test_a_rate_limit_is_waited_out_for_as_long_as_the_service_says(ask, llm):
 # --- the file of questions ---
 
 
-def test_questions_are_lines_json_lines_or_stdin(ask, monkeypatch):
-    Path("lines").write_bytes("\ufeffWho?\r\n\r\n  Où? \r\n".encode())
-    Path("json").write_text('{"question": "Who?", "id": 7}\n\n{"question": "O\\u00f9?"}')
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Who?\nOù?\n".encode())))
-    for file in ("lines", "json", "-"):
+def test_questions_are_lines_of_a_file_in_any_encoding_or_of_stdin(ask, monkeypatch):
+    Path("utf-8").write_bytes("\ufeffWho?\r\n\r\n  Où? \r\n".encode())
+    Path("windows").write_bytes("Who?\r\nOù?".encode("cp1252"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nOù?\n"))
+    for file in ("utf-8", "windows", "-"):
         records = ask("--retrieve-only", "--json", "First?", "--questions", file).records
         assert [record["question"] for record in records] == ["First?", "Who?", "Où?"]
 
 
-@pytest.mark.parametrize("line", [b'{"text": "?"}', b'{"question": 3}', b'{"question": "'])
-def test_a_bad_line_and_a_missing_file_are_named(ask, llm, line):
-    Path("q").write_bytes(b'{"question": "Who?"}\n{"question": "Where?"}\n' + line + b"\n")
-    for file, place in (("q", "q, line 3 is not a question: "), ("no/such", "no/such")):
-        done = ask("--questions", file)
-        assert (done.code, done.out, llm.requests, place in done.err) == (2, "", [], True)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("empty", "empty: there is no text"), ("no/such", "No such file .*'no/such'")],
+)
+def test_a_file_of_questions_that_is_empty_or_missing_is_exit_2(ask, llm, name, hint):
+    Path("empty").write_text("\n")
+    done = ask("--questions", name)
+    assert (done.code, done.out, llm.requests) == (2, "", [])
+    assert re.search(hint, done.err.splitlines()[-1])
 
 
 # --- going on ---

@@ -54,12 +54,12 @@ def test_ollama_is_found_at_each_form_of_its_address(ask, ollama, monkeypatch):
         assert ask("--model", "mistral", FERRY).code == 0, form
 
 
-def test_ollama_that_is_asked_for_and_not_there_is_exit_2(ask, monkeypatch):
+def test_an_ollama_that_is_not_there_is_named_and_the_documents_are_quoted(ask, monkeypatch):
     for host, place in ((NO_OLLAMA, NO_OLLAMA), ("127.0.0.9", "127.0.0.9:11434")):
         monkeypatch.setenv("OLLAMA_HOST", host)
-        done = ask("--model", "mistral", FERRY)
-        assert (done.code, done.out) == (2, "")
-        assert re.fullmatch(f"error: .*{place}.*OLLAMA_HOST.*\n", done.err)
+        done = ask("--model", "mistral", "--json", FERRY)
+        assert [record["model"] for record in done.records] == [rag.GGUF]
+        assert (done.code, done.err.count(f"no Ollama at http://{place}: ")) == (0, 1)
 
 
 # --- the embedded LLM ---
@@ -140,12 +140,12 @@ def test_ctrl_c_ends_the_start_of_the_embedded_llm_and_its_answer(ask, ollama, m
     assert (LIGHTHOUSE in done.err) == (place == "rag_local_ollama.generate")
 
 
-def test_a_file_that_is_no_gguf_is_exit_2(ask, tmp_path):
+def test_a_gguf_that_is_missing_is_exit_2_and_one_that_is_none_exit_1(ask, tmp_path):
     (tmp_path / "text.gguf").write_text("I am no model.\n" * 100)
-    for path in (tmp_path / "missing.gguf", tmp_path / "text.gguf"):
-        done = ask("--model", path, FERRY)
-        assert (done.code, done.out) == (2, "")
-        assert str(path) in done.err.splitlines()[-1]
+    for name, code in (("missing.gguf", 2), ("text.gguf", 1)):
+        done = ask("--model", tmp_path / name, FERRY)
+        assert (done.code, done.out, done.err[:7]) == (code, "", "error: ")
+    assert "missing.gguf" in ask("--model", tmp_path / "missing.gguf", FERRY).err
 
 
 # --- the embedder ---
