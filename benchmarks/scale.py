@@ -52,11 +52,9 @@ def build(index: Path, chunks: int, words: list[str]) -> dict[str, float]:
         vectors = dice.standard_normal((len(texts), 384)).astype("float32")
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def split(text: str, _: object) -> list[tuple[int, str]]:
-        return [(0, text)]
-
-    rag.embed, rag.CHUNKERS["recursive"], rag.EMBED_BATCH = embed, split, 1_000
+    rag.embed, rag.EMBED_BATCH = embed, 1_000
     args = rag.PARSER.parse_args(["--index", str(index)])
+    args.by_characters = args.by_tokens = argparse.Namespace(chunk_indices=lambda text: [(0, text)])
     documents: dict[str, list[str]] = {}
     for n in range(chunks):
         start = pick.randrange(len(words) - 125)
@@ -69,8 +67,7 @@ def build(index: Path, chunks: int, words: list[str]) -> dict[str, float]:
 
 def restart(index: Path, words: list[str]) -> dict[str, float]:
     """Open the index in a new process, ask it, add a document."""
-    import chromadb  # noqa: F401 - what a restart takes besides importing the libraries
-    import sentence_transformers  # noqa: F401
+    import sentence_transformers  # noqa: F401 - what a restart takes besides importing libraries
     import torch  # noqa: F401
 
     rag: Any = importlib.import_module("rag_hybrid_fastapi")

@@ -90,6 +90,7 @@ def embedder_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: str, **options: Any) -> Any:
         if path not in EMBEDDERS:
             EMBEDDERS[path] = SentenceTransformer(path, **options)
+        EMBEDDERS[path].tokenizer.backend_tokenizer.enable_truncation(128)  # as it is loaded
         return EMBEDDERS[path]
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", load)

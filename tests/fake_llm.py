@@ -313,9 +313,11 @@ def _openai_parts(request: JSON, answer: _Answer) -> Parts:
         fixed |= {"object": "chat.completion", "choices": [choice], "usage": usage}
         return [], [], [json.dumps(fixed)]
 
+    fixed["object"] = "chat.completion.chunk"
+
     def chunk(delta: JSON, finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return _event(fixed | {"object": "chat.completion.chunk", "choices": [choice]})
+        return _event(fixed | {"choices": [choice]})
 
     head = [chunk(message | {"content": None if answer.text is None else ""})]
     tail = [chunk({}, answer.finish)]

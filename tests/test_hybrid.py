@@ -3,15 +3,14 @@
 # ruff: noqa: D103 - the names of the tests are their docstrings
 
 import asyncio
-import gc
 import re
 import socket
+import sqlite3
 from argparse import Namespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from chromadb.api.shared_system_client import SharedSystemClient
 from conftest import HEAVY, run_light
 from test_contract import CUP, MODEL_FOLDER, call
 
@@ -39,16 +38,10 @@ def alone(monkeypatch, embedder_loaded_once):
             monkeypatch.setattr(f"{sdk}._base_client.{name}", 0.01)
 
 
-def forget():
-    """Leave no store of an earlier run: a new process has none."""
-    gc.collect()
-    SharedSystemClient.clear_system_cache()
-
-
 @pytest.fixture
 def ask(capsys):
     """Call main as the command line does: its exit code, stdout, stderr, records of --json."""
-    return lambda *args: forget() or call(rag, capsys, *args)
+    return lambda *args: call(rag, capsys, *args)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +56,6 @@ def changed(args, **options):
 
 
 def opened(args, **options):
-    forget()
     return rag.open_store(changed(args, **options))
 
 
@@ -86,11 +78,10 @@ def test_html_is_read_as_markdown_with_its_headings():
     assert rag.read_pages("a.html", html)[0].strip() == "## Dams\n\nA **weir** of *oak* here"
 
 
-@pytest.mark.parametrize("chunker", rag.CHUNKERS)
-def test_chunks_have_their_place_and_the_embedder_reads_them_whole(args, chunker):
+def test_chunks_have_their_place_and_the_embedder_reads_them_whole(args):
     words = "Hydroxyprolylglycine, 水車 und Mühlräder turn at Halden. "
     text = f"Mills\n=====\n\n{words * 40}\n\n## Dams ##\n\n{words * 30}{'x1Y-' * 400}"
-    _, *chunks = rag.split_document("a.pdf", ["Page 1.", text], changed(args, chunker=chunker))
+    _, *chunks = rag.split_document("a.pdf", ["Page 1.", text], args)
     covered = set()
     for chunk in chunks:
         assert chunk["text"] == text[chunk["start"] : chunk["end"]]
@@ -101,19 +92,13 @@ def test_chunks_have_their_place_and_the_embedder_reads_them_whole(args, chunker
     assert [chunks[0]["heading"], chunks[-1]["heading"]] == ["Mills", "Dams"]
 
 
-def test_semantic_chunks_end_where_the_subject_changes(args):
-    bread = "Bread is baked of rye flour. The dough of the bread rises. A baker bakes loaves. "
-    trains = "Trains run on rails. The locomotive pulls a train. A train stops at the station."
-    assert len(bread) in [start for start, _ in rag.split_semantic(bread + trains, args)]
-
-
 def test_scores_and_ranks_are_fused_and_passages_diversified_as_worked_out_by_hand():
     lists = {"dense": {1: 0.9, 2: 0.7, 3: 0.3, 5: 0.1}, "bm25": {3: 8.0, 2: 6.0, 4: 2.0}}
     # 2: 6/8 + 6/8; 3: 2/8 + 1; 1: 1; 4: 2/8; 5: 0, the least similar of all that were found
     assert rag.fuse(lists, "scores") == [2, 3, 1, 4, 5]
     # 3: 1/63 + 1/61, a little more than 2: 1/62 + 1/62
     assert rag.fuse(lists, "rrf") == [3, 2, 1, 4, 5]
-    given = [{"embedding": np.array(vector)} for vector in ([1, 0], [1, 0], [0, 1])]
+    given = [{"vector": np.array(vector)} for vector in ([1, 0], [1, 0], [0, 1])]
     # After the first, the second: (2/3 - 1) / 2, and the third: (1/3 - 0) / 2
     assert rag.diversify(given, 0.5) == [given[0], given[2], given[1]]
     assert rag.diversify(given, 1) == given
@@ -149,15 +134,13 @@ def passages(*texts):
 
 def test_the_context_keeps_its_budget_with_whole_chunks_and_says_what_it_leaves_out(args):
     text = "The pump HX-220 lifts the water of the mill to the pond above it, forty litres a minute"
-    near, other = text.replace("above it", "above"), text.replace("HX-220", "HX-221")
-    given = passages(text, near, "two " * 300, other, near.upper(), "one " * 90, "three")
-    spent = rag.assemble(given, 3, changed(args, window=700))
-    alike = "nearly the same as one before it"
-    left_out = [None, alike, "its 342 tokens do not fit", None, alike, None, "beyond the best 3"]
+    same, other = f"# {text.upper()}!", text.replace("HX-220", "HX-221")
+    given = passages(text, same, "two " * 300, other, "one " * 90, "three")
+    rag.assemble(given, 3, changed(args, window=400))
+    same = "it has the words of one before it"
+    left_out = [None, same, "its 300 tokens do not fit", None, None, "beyond the best 3"]
     assert [hit["left_out"] for hit in given] == left_out
-    assert [hit["n"] for hit in given] == [1, None, None, 2, None, 3, None]
-    _, prompt = rag.build_prompt("x", [hit for hit in given if hit["n"]], args)
-    assert rag.count_tokens(prompt["content"], args) <= 1.1 * spent <= 385
+    assert [hit["n"] for hit in given] == [1, None, None, 2, 3, None]
 
 
 def test_no_passage_can_close_its_tag(args):
@@ -170,8 +153,8 @@ def test_no_passage_can_close_its_tag(args):
 
 
 def test_citations_of_passages_that_were_not_sent_are_marked():
-    text = "It is [1], [2,9][0], see [1](https://a.example/x) and [9](y), in [1984], [a] and 7"
-    assert rag.mark_citations(text, 2) == text.replace("[2,9][0]", "[2][9?][0?]")
+    text = "It is [1], [2][9][0], see [1](https://a.example/x) and [9](y), [a] and 7"
+    assert rag.mark_citations(text, 2) == text.replace("[9][0]", "[9?][0?]")
 
 
 def chat(args, query, history=(), **options):
@@ -196,33 +179,19 @@ def test_paraphrases_are_searched_for_too_and_fused(llm, args):
     assert SIEVE in done.answer
 
 
-@pytest.mark.parametrize("fault", [{"status": 500}, {"cut_after": 1}, {"reply": ""}])
-def test_a_long_history_is_cut_and_what_can_t_be_rewritten_is_asked(llm, args, capsys, fault):
-    long = {"content": "long " * 2_000}
-    llm.fail(containing=rag.REWRITE_PROMPT, times=3, **fault)
-    done = chat(args, QUESTION, [ASKED | long, TOLD, ASKED, TOLD | long], expand=2)
-    # The answer whose question does not fit goes too: a chat begins with a question.
-    assert llm.chat_requests[-1].json["messages"][1:-1] == [ASKED, TOLD | long]
+def test_the_llm_reads_the_last_three_turns_and_an_empty_rewriting_changes_nothing(llm, args):
+    llm.fail(containing=rag.REWRITE_PROMPT, reply=" ")
+    done = chat(args, QUESTION, [ASKED | {"content": "First?"}, TOLD, *[ASKED, TOLD] * 3])
+    assert llm.chat_requests[-1].json["messages"][1:-1] == [ASKED, TOLD] * 3
     assert (SIEVE in done.answer, done.queries) == (True, [QUESTION])
-    cut, *why = done.notes
-    assert cut == "the first 2 messages were left out"
-    kinds = re.findall(r"the question was not rewritten: it failed \((\w+)\)", "".join(why))
-    assert len(kinds) == ("reply" not in fault)
-    logged = capsys.readouterr().err  # to which the note points
-    assert all(f"error: {kind}(" in logged for kind in kinds)
 
 
-def test_without_an_llm_it_quotes_refuses_and_takes_follow_ups(args):
-    found = chat(args, "And who was it before her?", [ASKED, TOLD], llm="quotes")
-    assert re.search(r'"[^"]*before her it was her uncle Torbern.*" \[1\]$', found.answer)
-    assert found.queries == ["Who is the miller of Halden? And who was it before her?"]
-    found = chat(args, QUESTION, [ASKED, TOLD], llm="quotes")
-    assert (found.queries, SIEVE in found.answer) == ([QUESTION], True)  # it stands alone
+def test_without_an_llm_it_quotes_or_refuses(args):
+    found = chat(args, QUESTION, [ASKED, TOLD], llm="quotes", expand=2)
+    assert re.fullmatch(rf'".*{SIEVE}.*" \[1\]', found.answer)
+    assert (found.queries, found.usage) == ([QUESTION], None)
     found = chat(args, CUP, llm="quotes")
     assert (found.answer, found.refused, found.usage) == (rag.REFUSAL, True, None)
-    about_a_code = [{"n": 1, "score": 0.1, "text": "Code QX7 is for the loft."}]
-    assert rag.quote("QX7?", about_a_code, args) == '"Code QX7 is for the loft." [1]'
-    assert rag.quote("QX8?", about_a_code, args) == rag.REFUSAL
 
 
 def held(store):
@@ -237,20 +206,15 @@ def test_what_is_new_is_embedded_and_uploads_stay(args, tmp_path):
             store.update({name: [text] for name, text in documents.items()}, uploaded)
         return sum(len(call.args[0]) for call in embed.mock_calls), "".join(sorted(held(store)))
 
-    store = opened(args, index=tmp_path)
+    store = opened(args, index=tmp_path / "rag.db")
     docs = {name: f"The buoy of {name} is red." for name in "abc"}
     assert update(**docs) == (3, "abc")
     assert update(uploaded=True, d="The buoy of d is red.") == (1, "abcd")
     assert update(**docs) == (0, "abcd")
     assert update(a=docs["a"], b="The buoy of b is green.") == (1, "abd")
-
-
-def test_words_follow_what_another_program_changes_on_a_server(args, chroma_url):
-    first, second = (opened(args, chroma_url=chroma_url) for _ in range(2))
-    first.update({"a.md": ["Buoy 1 is red."], "b.md": ["Buoy 2 is red."]})
-    assert held(second) == {"a.md", "b.md"}
-    second.update({"b.md": []}, uploaded=True)
-    assert held(first) == {"a.md"}
+    store.db.close()
+    store = opened(args, index=tmp_path / "rag.db")
+    assert (store.size, "".join(sorted(held(store)))) == (3, "abd")
 
 
 def one_line(done, *said):
@@ -260,26 +224,32 @@ def one_line(done, *said):
     assert not [text for text in said if str(text) not in lines[0]], lines
 
 
-@pytest.mark.parametrize("name", ["theirs", "theirs/thesis.txt", "theirs/words.db"])
-def test_what_is_no_index_of_ours_is_refused_and_left_as_it_is(ask, notes, tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
+@pytest.mark.parametrize("kind", ["text", "database"])
+def test_what_is_no_index_of_ours_is_refused_and_left_as_it_is(ask, notes, tmp_path, kind):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("mine " * 200)
+    if kind == "database":
+        theirs.unlink()
+        with sqlite3.connect(theirs) as database:
+            database.execute("CREATE TABLE mine (text)")
+        database.close()
+    before = theirs.read_bytes()
     for docs in ((), ("--docs", notes)):
-        one_line(ask("--retrieve-only", "--index", tmp_path / "theirs", *docs, "dam"), "theirs")
-    files = {path for path in tmp_path.rglob("*") if path.is_file() and path.parent != notes}
-    assert (files, (tmp_path / name).read_text()) == ({tmp_path / name}, "mine")
+        one_line(ask("--retrieve-only", "--index", theirs, *docs, "dam"), theirs)
+    assert theirs.read_bytes() == before
 
 
 def test_what_is_wrong_with_an_index_is_told_in_a_line(ask, args, notes, tmp_path):
-    run = ("--retrieve-only", "dam", "--index", tmp_path / "rag")
-    one_line(ask(*run), tmp_path / "rag", "does not exist")
-    store = opened(args, index=tmp_path / "rag")
-    one_line(ask(*run, "--docs", notes), tmp_path / "rag", "database is locked")
-    store.database.close()
+    index = tmp_path / "rag.db"
+    run = ("--retrieve-only", "dam", "--index", index)
+    one_line(ask(*run), index, "No such file")
+    store = opened(args, index=index)
+    store.update({"a.md": ["A dam."]})
+    one_line(ask(*run, "--docs", notes), index, "database is locked")
+    store.db.close()
     one_line(ask(*run, "--embed-model", MODEL_FOLDER), "--embed-model all-MiniLM-L6-v2")
-    words = tmp_path / "rag" / "words.db"
-    words.write_bytes(words.read_bytes()[:5000])
-    one_line(ask(*run), tmp_path / "rag")
+    index.write_bytes(index.read_bytes()[:5000])
+    one_line(ask(*run), index)
 
 
 def test_questions_of_any_length_are_answered_with_the_fields_of_the_collection(llm, ask):
@@ -289,7 +259,7 @@ def test_questions_of_any_length_are_answered_with_the_fields_of_the_collection(
     assert [record["refused"] for record in done.records] == [False, True, False]
     told = done.records[0]
     names = "question answer refused error sources model embed_model usage seconds"
-    assert list(told) == [*names.split(), "queries", "context_tokens", "notes"]
+    assert list(told) == [*names.split(), "queries"]
     assert (SIEVE in told["answer"], told["model"], told["error"]) == (True, "gpt-4o", None)
     assert set(told["seconds"]) == {"load", "index", "retrieve", "first_token", "generate"}
     assert len(llm.chat_requests) == 3  # none was asked twice
@@ -298,7 +268,7 @@ def test_questions_of_any_length_are_answered_with_the_fields_of_the_collection(
 def test_the_llm_is_the_one_with_a_key_then_ollama_then_none(ask, request, monkeypatch):
     done = ask("--expand", "2", QUESTION)
     assert re.search(rf'^Answer: .*"[^"]*{SIEVE}[^"]*" \[1\]$', done.out, re.M)
-    assert re.search("the best sentences are quoted(.|\n)*without an LLM", done.err)
+    assert "the best sentences are quoted, without an LLM" in done.err
     ollama = request.getfixturevalue("ollama")
     assert SIEVE in ask(QUESTION).out
     assert ollama.chat_requests[0].json["reasoning_effort"] == "none"
@@ -328,11 +298,7 @@ def test_a_reply_that_breaks_off_is_kept_and_exit_1(llm, ask, fault):
     ("args", "text"),
     [
         ("--llm openai x", "OPENAI_API_KEY"),
-        ("--llm ollama x", "start it, or set OLLAMA_HOST"),
-        ("--retrieve-only --chroma-url http://127.0.0.1:9 x", "Chroma server"),
-        ("--retrieve-only --chroma-url cloud x", "CHROMA_API_KEY"),
-        ("--chroma-url http://x --index y x", "not allowed with"),
-        ("--retrieve-only --chunker fixed --chunk-tokens 16 x", "--chunk-overlap"),
+        ("--retrieve-only --chunk-tokens 16 x", "overlap"),
         ("--host 0.0.0.0", "RAG_API_KEY"),
         ("--retrieve-only --embed-model /no x", "/no"),
         ("--retrieve-only --reranker cross-encoder --rerank-model /no x", "/no"),

@@ -23,8 +23,8 @@ SMALL = [f"{script.name}.py" for script in SCRIPTS]
 WITH_TORCH = sorted(p.name for p in ROOT.glob("rag_*.py") if "whl/cpu" in p.read_text())
 MOST_LINES = dict.fromkeys(SMALL, 350) | {"rag_local_ollama.py": 390}
 MOST_LINES_IN_ALL = 1_720
-MOST_LINES_BEFORE_THE_PAGE = {  # of the hybrid one, 900 are wanted
-    "rag_hybrid_fastapi.py": 1_076,
+MOST_LINES_BEFORE_THE_PAGE = {
+    "rag_hybrid_fastapi.py": 900,
     "rag_explainer.py": 1_000,
     "rag_compare.py": 470,
 }

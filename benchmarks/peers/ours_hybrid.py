@@ -1,5 +1,6 @@
 """Our hybrid retrieval: the stages of rag_hybrid_fastapi.py, in whose environment this runs."""
 
+from argparse import Namespace
 from typing import Any
 
 import rag_hybrid_fastapi as rag
@@ -14,7 +15,8 @@ def load(model: str) -> Any:
 
 def index(embedder: Any, corpus: dict[str, str]) -> Any:
     """Embed and store the paragraphs, given by their ids, each of which is one chunk."""
-    rag.CHUNKERS["recursive"] = lambda text, args: [(0, text)]
+    whole = Namespace(chunk_indices=lambda text: [(0, text)])
+    embedder.by_characters = embedder.by_tokens = whole
     store = rag.Store(embedder)
     store.update({key: [text] for key, text in corpus.items()})
     return store
