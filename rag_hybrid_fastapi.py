@@ -24,8 +24,8 @@
 
 Passages are found by meaning (vectors) and by words (BM25) in one SQLite file; each answer has a
 trace of every stage. The LLM is gpt-4o where OPENAI_API_KEY is set, Claude where ANTHROPIC_API_KEY
-is, else Ollama; without one, the best sentences are quoted. Needs 1.5 GB of memory, and 0.5 GB of
-packages (3.4 GB on Linux: the first lines of the file say how to take less). Beyond this machine's
+is, else Ollama; without one, the best sentences are quoted. Needs 1.5 GB of memory, and 0.4 GB of
+packages (3.3 GB on Linux: the first lines of the file say how to take less). Beyond this machine's
 own address it needs RAG_API_KEY, which clients must send. Read rag_local_ollama.py first.
 """
 
