@@ -107,10 +107,7 @@ CONTENDERS = {
         "rag_local_ollama.py", "ours_dense.py", script="rag_local_ollama.py", postponed=TORCH
     ),
     "hybrid": Contender(
-        "rag_hybrid_fastapi.py",
-        "ours_hybrid.py",
-        script="rag_hybrid_fastapi.py",
-        postponed=(*TORCH, "chromadb"),
+        "rag_hybrid_fastapi.py", "ours_hybrid.py", script="rag_hybrid_fastapi.py", postponed=TORCH
     ),
     "langchain": Contender(
         "LangChain", "langchain.py", "langchain-core", postponed=("sentence_transformers",)
