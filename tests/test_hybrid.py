@@ -179,11 +179,14 @@ def test_paraphrases_are_searched_for_too_and_fused(llm, args):
     assert SIEVE in done.answer
 
 
-def test_the_llm_reads_the_last_three_turns_and_an_empty_rewriting_changes_nothing(llm, args):
-    llm.fail(containing=rag.REWRITE_PROMPT, reply=" ")
-    done = chat(args, QUESTION, [ASKED | {"content": "First?"}, TOLD, *[ASKED, TOLD] * 3])
-    assert llm.chat_requests[-1].json["messages"][1:-1] == [ASKED, TOLD] * 3
-    assert (SIEVE in done.answer, done.queries) == (True, [QUESTION])
+@pytest.mark.parametrize(("reply", "looked_up"), [(QUESTION, QUESTION), (" ", "And that?")])
+def test_a_follow_up_is_rewritten_by_the_last_three_turns(llm, args, reply, looked_up):
+    llm.fail(containing=rag.REWRITE_PROMPT, reply=reply)
+    done = chat(args, "And that?", [ASKED | {"content": "First?"}, TOLD, *[ASKED, TOLD] * 3])
+    rewriting, asking = [request.json["messages"] for request in llm.chat_requests]
+    assert rewriting[1:-1] == asking[1:-1] == [ASKED, TOLD] * 3
+    assert asking[-1]["content"].endswith(f"Question: {looked_up}")
+    assert (done.queries, done.refused) == ([looked_up], reply == " ")
 
 
 def test_without_an_llm_it_quotes_or_refuses(args):
