@@ -67,8 +67,7 @@ def peers(data: list[Path]) -> str:
     asked = f"{figures['questions']:,} questions to {figures['paragraphs']:,} paragraphs"
     return (
         f"`peers.py`, {date.today()}: {asked}. The first five are ratios to the floor, bare "
-        "sentence-transformers; except for\nchunks, lower is better. Ours embed in bfloat16, "
-        "which this processor has matrix units for.\n\n"
+        "sentence-transformers; except for\nchunks, lower is better.\n\n"
         + table([*head, "MB on disk", "s from nothing"], rows)
     )
 
